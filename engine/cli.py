@@ -1,0 +1,288 @@
+"""The command `clip-finetune`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from .errors import UserError
+from .train.config import DEFAULT_PRESET, GMP_PRESETS, PRESETS, TrainConfig
+
+STOPPED = 130  # what a shell reports of a command ended by Ctrl-C
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0 only if what it promised is on the disk."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except UserError as error:
+        print(f"clip-finetune {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"clip-finetune {arguments.command}: stopped.", file=sys.stderr)
+        return STOPPED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="clip-finetune", description="Fine-tune CLIP, fold, export, merge and evaluate it."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable, help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help, description=help)
+        added.set_defaults(run=run)
+        return added
+
+    demo = command("demo", _demo, "Train, fold, export and evaluate a small CLIP on pictures that are drawn for it.")
+    demo.add_argument("--out", default="clip_finetune_demo", metavar="DIR", help="where everything goes")
+    demo.add_argument("--seed", type=int, default=0, help="another seed draws other pictures (default: 0)")
+
+    _add_train(command("train", _train, "Train a CLIP on a folder of captioned pictures."))
+
+    fold = command("fold", _fold, "Turn a model in GmP form back into one with plain weights.")
+    fold.add_argument("input", metavar="IN.safetensors")
+    fold.add_argument("output", metavar="OUT.safetensors")
+
+    export = command(
+        "export", _export, "Write a model's text tower as a text encoder for ComfyUI, diffusers and Forge."
+    )
+    export.add_argument("input", metavar="IN")
+    export.add_argument("output", metavar="OUT.safetensors")
+    export.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="default: fp16")
+
+    merge = command("merge", _merge, "Put a text encoder into a full CLIP, which gives the rest.")
+    merge.add_argument(
+        "--text", required=True, metavar="TE.safetensors", help="a text encoder or a checkpoint with one"
+    )
+    merge.add_argument("--model", required=True, metavar="FULL", help="the full CLIP")
+    merge.add_argument("output", metavar="OUT.safetensors")
+
+    evaluate = command("eval", _eval, "Measure models: zero-shot where there are labels, retrieval where captions are.")
+    evaluate.add_argument("--model", action="append", required=True, metavar="M", help="may be given several times")
+    evaluate.add_argument("--baseline", metavar="M", help="the model to compare with")
+    evaluate.add_argument("--data", required=True, metavar="DIR")
+    evaluate.add_argument(
+        "--templates", choices=("openai-80", "simple", "none"), default="openai-80", help="default: openai-80"
+    )
+    evaluate.add_argument("--json", metavar="FILE", help="write the numbers there too")
+
+    info = command("info", _info, "Tell what a model, data set or run is, and what is wrong with it.")
+    info.add_argument("path", metavar="FILE_OR_FOLDER")
+    info.add_argument("--json", metavar="FILE", help="write the facts there too")
+    return parser
+
+
+# ---- train -----------------------------------------------------------------------------------------------------------
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="M", help="a file, or a name such as ViT-L-14/openai")
+    parser.add_argument("--data", required=True, metavar="DIR", help="a folder of captioned pictures")
+    parser.add_argument("--validation", metavar="DIR", help="another such folder, to measure on")
+    parser.add_argument(
+        "--validation-split", type=float, default=0.0, metavar="SHARE",
+        help="without --validation: the share of the pictures to measure on (default: 0)",
+    )  # fmt: skip
+    parser.add_argument("--out", required=True, metavar="RUN_DIR", help="the run folder")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in RUN_DIR, or begin it")
+    parser.add_argument("--preset", default=DEFAULT_PRESET, choices=list(PRESETS), help=f"default: {DEFAULT_PRESET}")
+    parser.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
+    kinds = get_type_hints(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        flag, meta, kind = "--" + field.name.replace("_", "-"), field.metadata, kinds[field.name]
+        text = meta["help"].replace("%", "%%") + f" (default: {field.default})"
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            parser.add_argument(flag, type=kind, choices=meta["choices"], default=None, help=text)
+
+
+def config_from(arguments: argparse.Namespace) -> tuple[TrainConfig, dict[str, str]]:
+    """The settings, and for each where it came from: the command line, the preset or the default."""
+    presets = GMP_PRESETS if arguments.gmp else PRESETS
+    values: dict[str, Any] = dict(presets[arguments.preset].values)
+    origins = dict.fromkeys(values, f"preset {arguments.preset}")
+    for field in dataclasses.fields(TrainConfig):
+        given = getattr(arguments, field.name)
+        if given is not None:
+            values[field.name], origins[field.name] = given, "command line"
+    return TrainConfig(**values), origins
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from .clip.full_clip import load_full_clip
+    from .data.dataset import load_dataset, split_dataset
+    from .train.trainer import train
+
+    config, origins = config_from(arguments)
+    if not 0 <= arguments.validation_split < 1:
+        raise UserError(
+            f"--validation-split is {arguments.validation_split}; give a share from 0 to below 1, such as 0.1."
+        )
+    model = load_full_clip(arguments.model)
+    train_set, validation = load_dataset(arguments.data), None
+    _say(f"{train_set.name}: {len(train_set)} pictures ({train_set.reason})")
+    if arguments.validation:
+        validation = load_dataset(arguments.validation)
+    elif arguments.validation_split:
+        train_set, validation = split_dataset(train_set, arguments.validation_split, config.seed)
+    with _stop_between_steps() as check_cancelled, _Meter() as meter:
+        try:
+            result = train(
+                model, train_set, validation, config, run_folder=arguments.out, device=arguments.device,
+                on_existing="resume" if arguments.resume else "auto", origins=origins, on_note=meter.say,
+                on_progress=meter.show, check_cancelled=check_cancelled,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            meter.say("Stopped; the state is saved, and the same command goes on from it.")
+            raise
+    best = result.run_folder / "best.safetensors"
+    where = f", of step {result.best_step} of {result.total_steps}"
+    _say(f"The model{where}, is in {best}; the loss chart is {result.run_folder / 'chart.png'}.")
+    return 0 if best.is_file() else 1
+
+
+@contextlib.contextmanager
+def _stop_between_steps():
+    """Ctrl-C and SIGTERM take effect where the training asks, not in the middle of an optimizer step."""
+    asked: list[int] = []
+
+    def check_cancelled() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, lambda *_: asked.append(1)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield check_cancelled
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Meter:
+    """One line that is rewritten on a terminal; elsewhere a line for each tenth of the run and each validation."""
+
+    def __init__(self):
+        self.rewrites = sys.stderr.isatty()
+        self.open_line = False
+        self.shown = (-1, 0)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self._end_line()
+
+    def say(self, note: str) -> None:
+        self._end_line()
+        _say(note)
+
+    def show(self, progress) -> None:
+        mark = (progress.step * 10 // max(progress.total_steps, 1), len(progress.validations))
+        if not self.rewrites and mark == self.shown:
+            return
+        self.shown = mark
+        line = f"step {progress.step}/{progress.total_steps}"
+        if progress.steps:
+            line += f"  loss {progress.steps[-1]['loss']:.4f}  {progress.steps[-1]['pairs_per_second']:.1f} pairs/s"
+        if progress.validations:
+            last = progress.validations[-1]
+            right = (last["image_to_text_r1"] + last["text_to_image_r1"]) / 2
+            line += f"  validation loss {last['loss']:.4f}, recall at 1 {right:.1%} (step {last['step']})"
+        if self.rewrites:
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+            self.open_line = True
+        else:
+            _say(line)
+
+    def _end_line(self) -> None:
+        if self.open_line:
+            print(file=sys.stderr)
+            self.open_line = False
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---- the other commands ----------------------------------------------------------------------------------------------
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from .demo import run_demo
+
+    run_demo(Path(arguments.out), seed=arguments.seed, say=_say)
+
+
+def _fold(arguments: argparse.Namespace) -> None:
+    from .clip.full_clip import load_full_clip, save_full_clip
+    from .clip.gmp import fold_gmp
+
+    folded = fold_gmp(load_full_clip(arguments.input))
+    _tell_notes(folded.notes)
+    _say(f"Wrote {save_full_clip(folded, arguments.output)}.")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from .clip.export import export_text_encoder
+    from .clip.full_clip import load_full_clip
+
+    model = load_full_clip(arguments.input)
+    _tell_notes(model.notes)
+    if model.parameterization == "gmp":
+        _say("The model is in GmP form; it is folded to plain weights for the export.")
+    _say(f"Wrote {export_text_encoder(model, arguments.output, dtype=arguments.dtype)}.")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from .clip.full_clip import load_full_clip, save_full_clip
+    from .clip.merge import merge_text_encoder
+
+    merged = merge_text_encoder(arguments.text, load_full_clip(arguments.model))
+    _tell_notes(merged.notes)
+    _say(f"Wrote {save_full_clip(merged, arguments.output)}.")
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from .clip.files import write_json
+    from .data.dataset import load_dataset
+    from .evaluate.together import evaluate, table_of
+
+    dataset = load_dataset(arguments.data)
+    models = [("model", file) for file in arguments.model]
+    if arguments.baseline:
+        models.append(("baseline", arguments.baseline))
+    results = evaluate(models, dataset, templates=arguments.templates, on_note=_say)
+    print(table_of(results))
+    if arguments.json:
+        write_json(arguments.json, {"models": results})
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from .clip.files import write_json
+    from .info import describe, in_words
+
+    facts = describe(arguments.path)
+    print(in_words(facts))
+    if arguments.json:
+        write_json(arguments.json, facts)
+
+
+def _tell_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        _say(note)
+
+
+if os.name == "nt":  # Windows consoles may not be able to print every caption
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")

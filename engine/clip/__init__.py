@@ -1,0 +1,1 @@
+"""The model as a value: architecture, names, files, GmP, merge, blend and export."""

@@ -1,0 +1,242 @@
+"""What a CLIP is made of, read from the shapes of its tensors.
+
+Two things are not in the shapes. The activation of the MLPs (QuickGELU or GELU) and the number of attention heads come
+from metadata where a file has any; otherwise they are looked up or assumed, and every assumption is told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import UserError
+
+Shape = tuple[int, ...]
+Activation = Literal["quick_gelu", "gelu"]
+Parameterization = Literal["linear", "gmp"]
+
+ASSUMED_ACTIVATION = (
+    "The file does not say which activation it was trained with; QuickGELU (OpenAI's) is assumed. "
+    "If this model is one of LAION's, set the activation to gelu."
+)
+_BLOCK = re.compile(r"^(visual\.)?transformer\.resblocks\.(\d+)\.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Sizes of an OpenAI-shaped ViT CLIP. Widths in channels, `image_size` and `patch_size` in pixels."""
+
+    embed_dim: int
+    image_size: int
+    patch_size: int
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+    vision_mlp_width: int
+    context_length: int
+    vocab_size: int
+    text_width: int
+    text_layers: int
+    text_heads: int
+    text_mlp_width: int
+    activation: Activation
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "activation":
+                if value not in ("quick_gelu", "gelu"):
+                    raise UserError(f"The activation is {value!r}; a CLIP has quick_gelu or gelu.")
+            elif not isinstance(value, int) or value < 1:
+                raise UserError(f"The model says that its {field.name} is {value!r}; it must be a number above 0.")
+        for tower, width, heads in (
+            ("vision", self.vision_width, self.vision_heads),
+            ("text", self.text_width, self.text_heads),
+        ):
+            if width % heads:
+                raise UserError(f"The {tower} tower is {width} wide, which {heads} attention heads cannot share.")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the picture."""
+        return self.image_size // self.patch_size
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Architecture:
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise UserError(f"The architecture in the file's metadata cannot be used: {error}.") from error
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def shapes(self, parameterization: Parameterization = "linear") -> dict[str, Shape]:
+        """Every tensor of this CLIP under its OpenAI name, with its shape."""
+        a = self
+        shapes: dict[str, Shape] = {
+            "visual.class_embedding": (a.vision_width,),
+            "visual.positional_embedding": (a.grid**2 + 1, a.vision_width),
+            "visual.conv1.weight": (a.vision_width, 3, a.patch_size, a.patch_size),
+            "visual.proj": (a.vision_width, a.embed_dim),
+            "token_embedding.weight": (a.vocab_size, a.text_width),
+            "positional_embedding": (a.context_length, a.text_width),
+            "text_projection": (a.text_width, a.embed_dim),
+            "logit_scale": (),
+        }
+        for norm, width in (
+            ("visual.ln_pre", a.vision_width),
+            ("visual.ln_post", a.vision_width),
+            ("ln_final", a.text_width),
+        ):
+            shapes[f"{norm}.weight"] = shapes[f"{norm}.bias"] = (width,)
+        for prefix, layers, width, mlp in (
+            ("visual.transformer", a.vision_layers, a.vision_width, a.vision_mlp_width),
+            ("transformer", a.text_layers, a.text_width, a.text_mlp_width),
+        ):
+            for layer in range(layers):
+                shapes |= _block_shapes(f"{prefix}.resblocks.{layer}", width, mlp, parameterization)
+        return shapes
+
+
+def _block_shapes(block: str, width: int, mlp: int, parameterization: Parameterization) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {
+        f"{block}.attn.in_proj_weight": (3 * width, width),
+        f"{block}.attn.in_proj_bias": (3 * width,),
+        f"{block}.attn.out_proj.weight": (width, width),
+        f"{block}.attn.out_proj.bias": (width,),
+    }
+    for norm in ("ln_1", "ln_2"):
+        shapes[f"{block}.{norm}.weight"] = shapes[f"{block}.{norm}.bias"] = (width,)
+    for linear, rows, columns in (("c_fc", mlp, width), ("c_proj", width, mlp)):
+        name = f"{block}.mlp.{linear}"
+        if parameterization == "gmp":
+            shapes[f"{name}.r"] = (rows, 1)
+            shapes[f"{name}.theta"] = (rows, columns)
+        else:
+            shapes[f"{name}.weight"] = (rows, columns)
+        shapes[f"{name}.bias"] = (rows,)
+    return shapes
+
+
+def parameterization_of(names) -> Parameterization:
+    """ "gmp" where the MLP layers hold `r` and `theta` instead of `weight`."""
+    return "gmp" if any(name.endswith((".mlp.c_fc.theta", ".mlp.c_fc.r")) for name in names) else "linear"
+
+
+def architecture_from_shapes(
+    shapes: Mapping[str, Shape], *, activation: Activation | None, heads: tuple[int, int] | None = None
+) -> tuple[Architecture, tuple[str, ...]]:
+    """The architecture behind tensors in OpenAI's naming, and a sentence for each thing that had to be assumed.
+
+    `heads` is (vision, text) where metadata knows them. Raises `UserError` if the tensors are not those of an
+    OpenAI-shaped ViT CLIP; the sentence names what is missing or misshapen.
+    """
+    if "visual.layer1.0.conv1.weight" in shapes or "visual.attnpool.positional_embedding" in shapes:
+        raise UserError("this is a CLIP with a ResNet vision tower (RN50 and the like); only ViT CLIPs can be trained.")
+    mlp = "theta" if parameterization_of(shapes) == "gmp" else "weight"
+    try:
+        vision_width, _, patch_size, _ = shapes["visual.conv1.weight"]
+        tokens = shapes["visual.positional_embedding"][0]
+        vocab_size, text_width = shapes["token_embedding.weight"]
+        sizes = dict(
+            embed_dim=shapes["text_projection"][1],
+            image_size=round((tokens - 1) ** 0.5) * patch_size,
+            patch_size=patch_size,
+            vision_width=vision_width,
+            vision_layers=_layers(shapes, "visual."),
+            vision_mlp_width=shapes[f"visual.transformer.resblocks.0.mlp.c_fc.{mlp}"][0],
+            context_length=shapes["positional_embedding"][0],
+            vocab_size=vocab_size,
+            text_width=text_width,
+            text_layers=_layers(shapes, ""),
+            text_mlp_width=shapes[f"transformer.resblocks.0.mlp.c_fc.{mlp}"][0],
+        )
+    except KeyError as error:
+        raise UserError(f"this is not a full CLIP: the tensor {error.args[0]} is missing.") from error
+    except (ValueError, IndexError) as error:
+        raise UserError("this is not a full CLIP: its embeddings do not have the shapes of one.") from error
+    notes = []
+    heads = heads or _known_heads(sizes)
+    if heads is None:
+        heads = (max(1, vision_width // 64), max(1, text_width // 64))
+        notes.append(
+            f"The number of attention heads is not in the file; {heads[0]} (vision) and {heads[1]} (text) are assumed, "
+            "one for each 64 channels."
+        )
+    if activation is None:
+        activation = "quick_gelu"
+        notes.append(ASSUMED_ACTIVATION)
+    architecture = Architecture(**sizes, vision_heads=heads[0], text_heads=heads[1], activation=activation)
+    return architecture, tuple(notes)
+
+
+def _layers(shapes: Mapping[str, Shape], prefix: str) -> int:
+    found = [int(match[2]) for name in shapes if (match := _BLOCK.match(name)) and (match[1] or "") == prefix]
+    return max(found) + 1 if found else 0
+
+
+def check_shapes(shapes: Mapping[str, Shape], architecture: Architecture) -> None:
+    """Raise `UserError` unless these are exactly the tensors of that architecture."""
+    expected = architecture.shapes(parameterization_of(shapes))
+    missing = [name for name in expected if name not in shapes]
+    extra = [name for name in shapes if name not in expected]
+    wrong = [name for name in expected if name in shapes and tuple(shapes[name]) != expected[name]]
+    if missing:
+        raise UserError(f"{_count(missing, 'tensor')} of a full CLIP missing, the first is {missing[0]}.")
+    if wrong:
+        name = wrong[0]
+        raise UserError(
+            f"the tensor {name} has the shape {tuple(shapes[name])}, where {expected[name]} was expected"
+            + (f" (and {len(wrong) - 1} more like it)." if len(wrong) > 1 else ".")
+        )
+    if extra:
+        raise UserError(f"{_count(extra, 'tensor')} there that a CLIP does not have, the first is {extra[0]}.")
+
+
+def _count(names: list[str], noun: str) -> str:
+    return f"1 {noun} is" if len(names) == 1 else f"{len(names)} {noun}s are"
+
+
+def _known_heads(sizes: Mapping[str, int]) -> tuple[int, int] | None:
+    """(vision, text) heads of the model in open_clip's list that has all these sizes but the picture's."""
+    return _known_models().get(_size_key(sizes))
+
+
+def _size_key(sizes: Mapping[str, int]) -> tuple[int, ...]:
+    # The picture's size and the context length do not bear on the heads, and fine-tunes change both.
+    skipped = ("image_size", "context_length")
+    return tuple(value for name, value in sorted(sizes.items()) if name not in skipped)
+
+
+@functools.cache
+def _known_models() -> dict[tuple[int, ...], tuple[int, int]]:
+    # Read as files: importing open_clip takes seconds, and folding a model does not need it.
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None or spec.origin is None:
+        return {}
+    known: dict[tuple[int, ...], tuple[int, int]] = {}
+    for path in sorted((Path(spec.origin).parent / "model_configs").glob("ViT-*.json")):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        vision, text = config["vision_cfg"], config["text_cfg"]
+        if "hf_model_name" in text or "timm_model_name" in vision or not isinstance(vision.get("layers"), int):
+            continue
+        sizes = dict(
+            embed_dim=config["embed_dim"],
+            patch_size=vision["patch_size"],
+            vision_width=vision["width"],
+            vision_layers=vision["layers"],
+            vision_mlp_width=int(vision["width"] * vision.get("mlp_ratio", 4.0)),
+            vocab_size=text.get("vocab_size", 49408),
+            text_width=text["width"],
+            text_layers=text["layers"],
+            text_mlp_width=int(text["width"] * text.get("mlp_ratio", 4.0)),
+        )
+        known.setdefault(_size_key(sizes), (vision["width"] // vision.get("head_width", 64), text["heads"]))
+    return known

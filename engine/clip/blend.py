@@ -1,0 +1,32 @@
+"""Interpolation between two CLIPs in weight space (WiSE-FT, Wortsman et al. 2022, arXiv:2109.01903)."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import UserError
+from .full_clip import FullCLIP
+from .gmp import fold_gmp
+
+
+def blend(full_clip: FullCLIP, baseline: FullCLIP, alpha: float) -> FullCLIP:
+    """baseline + alpha · (full_clip − baseline) of the plain weights; 1 is `full_clip`, 0 `baseline`, above 1 goes on.
+
+    Computed in float64 and rounded once to `full_clip`'s dtypes. At 0 and 1 the input's own tensors come back. Models
+    in GmP form are folded first. Raises `UserError` if the two are not of one architecture.
+    """
+    if full_clip.architecture != baseline.architecture:
+        different = [
+            f"{name} {value} and {baseline.architecture.as_dict()[name]}"
+            for name, value in full_clip.architecture.as_dict().items()
+            if value != baseline.architecture.as_dict()[name]
+        ]
+        raise UserError(f"Two different models cannot be blended ({', '.join(different)}); choose two of one kind.")
+    plain, base = (fold_gmp(model) if model.parameterization == "gmp" else model for model in (full_clip, baseline))
+    if alpha in (0, 1):
+        return plain if alpha == 1 else base
+    blended = {
+        name: torch.lerp(base.state_dict[name].double(), tensor.double(), float(alpha)).to(tensor.dtype)
+        for name, tensor in plain.state_dict.items()
+    }
+    return plain.derive(blended, step=f"blended with its baseline at {alpha:g}")

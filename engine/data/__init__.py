@@ -1,0 +1,1 @@
+"""Captions and labels, pictures, tokens and batches."""

@@ -1,0 +1,139 @@
+"""What a model file, a data set or a run is, and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .clip.files import read_tensors
+from .clip.full_clip import kind_of, load_full_clip
+from .data.dataset import ClipDataset, load_dataset
+from .errors import UserError
+
+_MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_VOCABULARY = 49408
+
+
+def describe(path: str | os.PathLike) -> dict[str, Any]:
+    """The facts of `info --json`; `kind` is full_clip, text_encoder, vision_encoder, training_state, run or dataset.
+
+    Every picture of a data set is decoded to find the broken ones. Raises `UserError` for what cannot be read.
+    """
+    place = Path(path)
+    if not place.exists() and "/" not in str(path):
+        raise UserError(f"{path} does not exist; give a model file, a folder of pictures, or a run folder.")
+    if (place / "config.json").is_file() and (place / "metrics.jsonl").is_file():
+        return _describe_run(place)
+    if place.suffix.lower() in _MODEL_SUFFIXES or (place / "model.safetensors").is_file() or not place.exists():
+        return _describe_model(path)
+    return describe_dataset(load_dataset(path))
+
+
+def _describe_model(path: str | os.PathLike) -> dict[str, Any]:
+    if Path(path).is_file():
+        tensors, _ = read_tensors(path)
+        kind = kind_of(tensors)
+        if kind != "full_clip":
+            if kind == "unknown":
+                raise UserError(f"{path} is not a CLIP: it has neither a text tower nor a vision tower.")
+            dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+            return {
+                "kind": kind,
+                "file": str(path),
+                "tensors": len(tensors),
+                "dtype": ", ".join(dtypes),
+                "problems": [],
+            }
+    model = load_full_clip(path)
+    return {
+        "kind": "full_clip",
+        "file": str(path),
+        "architecture": model.architecture.as_dict(),
+        "parameterization": model.parameterization,
+        "dtype": ", ".join(model.dtypes),
+        "tensors": len(model.state_dict),
+        "parameters": sum(tensor.numel() for tensor in model.state_dict.values()),
+        "provenance": dict(model.provenance),
+        "problems": list(model.notes),
+    }
+
+
+def describe_dataset(dataset: ClipDataset, context_length: int = 77) -> dict[str, Any]:
+    """The facts of a data set; a caption is counted as truncated if it is longer than `context_length` tokens."""
+    from .data.images import BrokenImage, load_image
+    from .data.loader import in_threads
+    from .data.tokens import Tokenizer
+
+    tokenizer = Tokenizer(context_length, _VOCABULARY)
+    missing = set(dataset.missing())
+    broken = [{"file": dataset.names[index], "reason": "the file is not there"} for index in sorted(missing)]
+
+    def reason(index: int) -> tuple[int, str | None]:
+        try:
+            load_image(dataset.path(index), 32)
+        except BrokenImage as error:
+            return index, str(error)
+        return index, None
+
+    there = (index for index in range(len(dataset)) if index not in missing)
+    broken += [
+        {"file": dataset.names[index], "reason": why} for index, why in in_threads(reason, there) if why is not None
+    ]
+    return {
+        "kind": "dataset",
+        "name": dataset.name,
+        "format": dataset.format,
+        "reason": dataset.reason,
+        "images": len(dataset),
+        "captions": sum(len(captions) for captions in dataset.captions),
+        "labels": len(dataset.class_names),
+        "truncated_captions": sum(tokenizer.truncated(text) for captions in dataset.captions for text in captions),
+        "broken": broken,
+        "notes": list(dataset.notes),
+    }
+
+
+def _describe_run(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder} holds a damaged run ({error}); the weights in it can still be opened.") from error
+    steps = [line for line in lines if line.get("kind") == "step"]
+    return {
+        "kind": "run",
+        "file": str(folder),
+        "settings": config.get("settings"),
+        "data": config.get("data"),
+        "versions": config.get("versions"),
+        "steps": len(steps),
+        "total_steps": config.get("total_steps"),
+        "last_loss": steps[-1]["loss"] if steps else None,
+        "validations": [line for line in lines if line.get("kind") == "validation"],
+    }
+
+
+def in_words(facts: Mapping[str, Any]) -> str:
+    """The same facts for a reader: one line each, lists cut after ten."""
+    lines = []
+    for name, value in facts.items():
+        if isinstance(value, Mapping) and name != "settings":
+            value = ", ".join(f"{key} {inner}" for key, inner in value.items())
+        elif name == "settings":
+            value = ", ".join(f"{key} {entry['value']} ({entry['from']})" for key, entry in (value or {}).items())
+        elif isinstance(value, list):
+            lines.append(f"{name.replace('_', ' ')}: {len(value)}")
+            lines += [f"  {_item(item)}" for item in value[:10]]
+            lines += [f"  … and {len(value) - 10} more"] if len(value) > 10 else []
+            continue
+        lines.append(f"{name.replace('_', ' ')}: {value}")
+    return "\n".join(lines)
+
+
+def _item(item: Any) -> str:
+    if not isinstance(item, Mapping):
+        return str(item)
+    return f"{item['file']}: {item['reason']}" if "reason" in item else ", ".join(f"{k} {v}" for k, v in item.items())

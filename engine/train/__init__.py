@@ -1,0 +1,1 @@
+"""Configuration, the loop, losses, optimizers, schedules, large batches and checkpoints."""

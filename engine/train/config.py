@@ -1,0 +1,178 @@
+"""What a user may set about a training: one description that feeds the nodes, the command line and the run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+from ..errors import UserError
+
+
+def _option(
+    default, help: str, *, min=None, max=None, step=None, choices=None, advanced=True, node=True, bookkeeping=False
+):
+    """`node`: shown in the graph. `bookkeeping`: changing it does not change the result, so the run goes on."""
+    metadata = dict(
+        help=help, min=min, max=max, step=step, choices=choices, advanced=advanced, node=node, bookkeeping=bookkeeping
+    )
+    return dataclasses.field(default=default, metadata=types.MappingProxyType(metadata))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of one training. Raises `UserError` for a value out of its range."""
+
+    epochs: int = _option(
+        10, "How often the whole data set is gone through; each time every picture comes with one of its captions.",
+        min=1, max=10_000, advanced=False,
+    )  # fmt: skip
+    learning_rate: float = _option(
+        1e-6, "The highest learning rate of the one-cycle schedule. Higher learns faster and forgets more.",
+        min=1e-10, max=1.0, step=1e-7, advanced=False,
+    )  # fmt: skip
+    batch_size: int = _option(
+        32, "Pairs that are compared with each other in one step. More is better; micro_batch keeps memory in bounds.",
+        min=2, max=65_536, advanced=False,
+    )  # fmt: skip
+    towers: str = _option(
+        "both", "What is trained: both towers, only the text tower (the text encoder) or only the vision tower.",
+        choices=("both", "text", "vision"), advanced=False,
+    )  # fmt: skip
+    seed: int = _option(
+        0, "Decides the order of the pictures and which caption is drawn. The same seed gives the same training.",
+        min=0, max=2**53, advanced=False,
+    )  # fmt: skip
+    gmp: bool = _option(
+        False, "Train in GmP form (length and direction of each MLP row apart).", node=False
+    )  # fmt: skip
+    micro_batch: int = _option(
+        0, "Pairs that go through the model at once; changes memory and speed, never the result's mathematics. "
+        "0 chooses by the memory there is.", min=0, max=65_536,
+    )  # fmt: skip
+    precision: str = _option(
+        "auto", "Number format of the computation; weights are kept in fp32. auto: bf16 where it is fast, else fp32.",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )  # fmt: skip
+    loss: str = _option("infonce", "The loss: InfoNCE is CLIP's own.", choices=("infonce",))
+    optimizer: str = _option("adabelief", "The optimizer.", choices=("adabelief", "adamw"))
+    weight_decay: float = _option(
+        0.01, "Pulls the weights of linear layers towards zero, in proportion to the learning rate.",
+        min=0.0, max=1.0, step=0.001,
+    )  # fmt: skip
+    beta1: float = _option(0.9, "The optimizer's memory of the gradient.", min=0.0, max=0.999, step=0.01)
+    beta2: float = _option(0.999, "The optimizer's memory of the gradient's size.", min=0.0, max=0.99999, step=0.001)
+    warmup: float = _option(
+        0.1, "Share of the steps in which the learning rate rises to its peak.", min=0.0, max=0.9, step=0.05
+    )
+    max_grad_norm: float = _option(
+        1.0, "Longer gradients are shortened to this length before each step; 0 leaves them as they are.",
+        min=0.0, max=1e6, step=0.1,
+    )  # fmt: skip
+    train_logit_scale: bool = _option(True, "Train the temperature (logit_scale) too; it never rises above 100.")
+    activation_checkpointing: bool = _option(
+        False, "Uses about a tenth of the memory for a third more time; the result is the same.", bookkeeping=True
+    )
+    validate_every: int = _option(
+        0, "Validate each time this many steps are done; 0 is once an epoch.", min=0, max=1_000_000_000
+    )
+    save_every_steps: int = _option(
+        0, "Save the state of the training each time this many steps are done; 0 leaves it to save_every_minutes.",
+        min=0, max=1_000_000_000, bookkeeping=True,
+    )  # fmt: skip
+    save_every_minutes: float = _option(
+        10.0, "Save the state of the training this often, so that little is lost when the power fails; 0 is never.",
+        min=0.0, max=100_000.0, bookkeeping=True,
+    )  # fmt: skip
+    keep_states: int = _option(
+        1, "How many of the newest saved states stay on the disk.", min=1, max=1000, bookkeeping=True
+    )
+
+    def __post_init__(self):
+        for field, kind in _fields_with_types(type(self)):
+            value = getattr(self, field.name)
+            if kind is float and isinstance(value, int) and not isinstance(value, bool):
+                object.__setattr__(self, field.name, value := float(value))
+            if type(value) is not kind:
+                raise UserError(f"{field.name} is {value!r}; it must be {_KINDS[kind]}.")
+            _check_range(field, value)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide what a training gives; `epochs` is left out because a run can be made longer."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if not field.metadata["bookkeeping"] and field.name != "epochs"
+        }
+
+    def origins(self, given: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
+        """Each value with where it came from: `given`'s word for it, else "default" or "given"."""
+        given = given or {}
+        result = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            origin = given.get(field.name) or ("default" if value == field.default else "given")
+            result[field.name] = {"value": value, "from": origin}
+        return result
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
+
+
+def _fields_with_types(cls):
+    hints = get_type_hints(cls)
+    return [(field, hints[field.name]) for field in dataclasses.fields(cls)]
+
+
+def _check_range(field: dataclasses.Field, value) -> None:
+    choices, low, high = (field.metadata[key] for key in ("choices", "min", "max"))
+    if choices and value not in choices:
+        raise UserError(f"{field.name} is {value!r}; choose {' or '.join(choices)}.")
+    if field.name == "batch_size" and value < 2:
+        raise UserError(
+            f"batch_size is {value}: CLIP learns by comparing the pairs of a batch with each other, so a batch needs "
+            "two pairs at least; 16 or more is better."
+        )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{field.name} is {value}; it must be a number.")
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise UserError(f"{field.name} is {value}; it must lie between {low} and {high}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Named values for the settings that a user would otherwise have to weigh."""
+
+    description: str
+    values: Mapping[str, Any]
+
+
+def _preset(description: str, **values) -> Preset:
+    return Preset(description=description, values=types.MappingProxyType(values))
+
+
+DEFAULT_PRESET = "balanced"
+# The first values are TrainConfig's own defaults.
+PRESETS: Mapping[str, Preset] = types.MappingProxyType({
+    DEFAULT_PRESET: _preset("Learns a style or subject and keeps most of what the model knew.",
+                            epochs=10, learning_rate=1e-6, batch_size=32, towers="both"),
+    "gentle": _preset("Small changes; for a model that must stay close to the original.",
+                      epochs=5, learning_rate=3e-7, batch_size=32, towers="both"),
+    "strong": _preset("Large changes; for many pictures (thousands), or a style far from photographs.",
+                      epochs=20, learning_rate=5e-6, batch_size=64, towers="both"),
+    "text encoder only": _preset("Trains only what SD and SDXL use; needs less memory and time.",
+                                 epochs=10, learning_rate=2e-6, batch_size=32, towers="text"),
+})  # fmt: skip
+GMP_PRESETS: Mapping[str, Preset] = types.MappingProxyType({
+    DEFAULT_PRESET: _preset("Learns a style or subject and keeps most of what the model knew.",
+                            epochs=10, learning_rate=1e-6, batch_size=32, towers="both"),
+    "gentle": _preset("Small changes; for a model that must stay close to the original.",
+                      epochs=5, learning_rate=3e-7, batch_size=32, towers="both"),
+    "strong": _preset("Large changes; for many pictures (thousands), or a style far from photographs.",
+                      epochs=20, learning_rate=3e-6, batch_size=64, towers="both"),
+    "text encoder only": _preset("Trains only what SD and SDXL use; needs less memory and time.",
+                                 epochs=10, learning_rate=2e-6, batch_size=32, towers="text"),
+})  # fmt: skip

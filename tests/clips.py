@@ -1,0 +1,49 @@
+"""Small CLIPs for the tests, of random weights from open_clip's own initialisation."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from clip_finetune.engine.clip.architecture import Architecture
+from clip_finetune.engine.clip.full_clip import FullCLIP
+
+TINY = Architecture(
+    embed_dim=32, image_size=32, patch_size=8,
+    vision_width=64, vision_layers=2, vision_heads=2, vision_mlp_width=256,
+    context_length=77, vocab_size=49408, text_width=64, text_layers=2, text_heads=2, text_mlp_width=256,
+    activation="quick_gelu",
+)  # fmt: skip
+VIT_L_14 = Architecture(
+    embed_dim=768, image_size=224, patch_size=14,
+    vision_width=1024, vision_layers=24, vision_heads=16, vision_mlp_width=4096,
+    context_length=77, vocab_size=49408, text_width=768, text_layers=12, text_heads=12, text_mlp_width=3072,
+    activation="quick_gelu",
+)  # fmt: skip
+
+
+def random_clip(architecture: Architecture = TINY, *, seed: int = 0, dtype=torch.float32, **changes) -> FullCLIP:
+    """A full CLIP of this architecture; vectors that start at one or zero are disturbed, so that all differ."""
+    import open_clip
+
+    a = dataclasses.replace(architecture, **changes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = open_clip.CLIP(
+            a.embed_dim,
+            open_clip.CLIPVisionCfg(
+                layers=a.vision_layers, width=a.vision_width, head_width=a.vision_width // a.vision_heads,
+                mlp_ratio=a.vision_mlp_width / a.vision_width, patch_size=a.patch_size, image_size=a.image_size,
+            ),
+            open_clip.CLIPTextCfg(
+                context_length=a.context_length, vocab_size=a.vocab_size, width=a.text_width, heads=a.text_heads,
+                layers=a.text_layers, mlp_ratio=a.text_mlp_width / a.text_width,
+            ),
+            quick_gelu=a.activation == "quick_gelu",
+        )  # fmt: skip
+        state = {}
+        for name, tensor in network.state_dict().items():
+            disturbed = tensor + 0.02 * torch.randn_like(tensor) if tensor.ndim == 1 else tensor
+            state[name] = disturbed.to(dtype)
+    return FullCLIP(a, state)
