@@ -6,4 +6,34 @@ from .clip.full_clip import FullCLIP, load_full_clip, save_full_clip
 from .clip.gmp import fold_gmp, to_gmp
 from .clip.merge import merge_text_encoder
 from .clip.network import build_network
+from .data.dataset import ClipDataset, load_dataset, split_dataset
 from .errors import UserError
+from .evaluate.retrieval import eval_retrieval
+from .evaluate.typographic import eval_typographic
+from .evaluate.zero_shot import eval_zero_shot
+from .train.config import TrainConfig
+
+# Last, and eagerly: importing the package `train` binds its name here, and this line rebinds it to the function.
+from .train.trainer import TrainResult, train
+
+__all__ = [
+    "ClipDataset",
+    "FullCLIP",
+    "TrainConfig",
+    "TrainResult",
+    "UserError",
+    "blend",
+    "build_network",
+    "eval_retrieval",
+    "eval_typographic",
+    "eval_zero_shot",
+    "export_text_encoder",
+    "fold_gmp",
+    "load_dataset",
+    "load_full_clip",
+    "merge_text_encoder",
+    "save_full_clip",
+    "split_dataset",
+    "to_gmp",
+    "train",
+]

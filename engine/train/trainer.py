@@ -22,6 +22,7 @@ from ..data.images import normalize
 from ..data.loader import Batch, TrainLoader
 from ..data.tokens import Tokenizer
 from ..errors import UserError
+from ..evaluate.features import Encoder
 from ..evaluate.retrieval import retrieval_of
 from ..report.charts import loss_chart
 from .compute import autocast, choose_micro_batch, default_device, resolve_precision
@@ -234,6 +235,12 @@ class _Training:
             raise
         finally:
             self.loader.close()
+        if self.loader.broken:
+            name, reason = next(iter(self.loader.broken.items()))
+            self.notes.append(
+                f"{len(self.loader.broken)} training pictures cannot be opened and were left out of their batches (the "
+                f"first is {name}: {reason})."
+            )
         if self.saved_step != self.step or self.validation is not None:
             self._save()
         if self.validation is None:
@@ -332,12 +339,11 @@ class _Training:
 
     def _validate(self) -> None:
         self.network.eval()
-        with torch.no_grad():
-            measured = retrieval_of(
-                self.network, self.validation, image_size=self.model.architecture.image_size, tokenizer=self.tokenizer,
-                device=self.device, autocast=autocast(self.frozen_precision, self.device),
-                check_cancelled=self.check_cancelled,
-            )  # fmt: skip
+        encoder = Encoder(
+            self.network, self.model.architecture.image_size, self.tokenizer, self.device,
+            autocast=lambda: autocast(self.frozen_precision, self.device), check_cancelled=self.check_cancelled,
+        )  # fmt: skip
+        measured = retrieval_of(encoder, self.validation)
         self.network.train()
         self.notes.extend(measured.notes)
         record = {

@@ -1,0 +1,128 @@
+"""Features of a data set's pictures and of texts, from a network, each picture once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..clip.full_clip import FullCLIP
+from ..clip.network import build_network
+from ..data.dataset import ClipDataset
+from ..data.images import normalize
+from ..data.loader import image_batches, in_threads
+from ..data.tokens import Tokenizer
+from ..errors import UserError
+
+BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """A network ready to encode: where it is, how it computes, and whom to tell.
+
+    `autocast` makes a context for each forward pass; `on_progress(done, total)` counts pictures; `check_cancelled`
+    may raise between batches.
+    """
+
+    network: nn.Module
+    image_size: int
+    tokenizer: Tokenizer
+    device: torch.device
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    on_progress: Callable[[int, int], None] = lambda done, total: None
+    check_cancelled: Callable[[], None] = lambda: None
+
+    @classmethod
+    def of(cls, full_clip: FullCLIP, *, device: torch.device | str | None = None, **callbacks) -> Encoder:
+        """The network of a full CLIP, in fp32, on CUDA where there is one."""
+        a = full_clip.architecture
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        network = build_network(full_clip, device=device).eval().requires_grad_(False)
+        return cls(network, a.image_size, Tokenizer(a.context_length, a.vocab_size), device, **callbacks)
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """float32 [n, d] on the CPU, each row of length 1."""
+        parts = []
+        for start in range(0, len(texts), BATCH):
+            self.check_cancelled()
+            tokens = self.tokenizer(texts[start : start + BATCH]).to(self.device)
+            with torch.no_grad(), self.autocast():
+                parts.append(_unit(self.network.encode_text(tokens)))
+        return torch.cat(parts)
+
+    def images(self, batches: Iterable[tuple[list[int], Tensor]], total: int) -> tuple[list[int], Tensor]:
+        """Sample indices and float32 [n, d] on the CPU, each row of length 1, of uint8 batches."""
+        indices: list[int] = []
+        parts = []
+        for found, images_u8 in batches:
+            self.check_cancelled()
+            with torch.no_grad(), self.autocast():
+                parts.append(_unit(self.network.encode_image(normalize(images_u8.to(self.device)))))
+            indices += found
+            self.on_progress(len(indices), total)
+        return indices, torch.cat(parts) if parts else torch.zeros(0, 1)
+
+
+def _unit(features: Tensor) -> Tensor:
+    return F.normalize(features.float(), dim=1).cpu()
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """The distinct pictures of a data set that could be opened: `samples[i]` are the indices of all copies of row i."""
+
+    features: Tensor
+    samples: list[list[int]]
+    notes: tuple[str, ...]
+
+
+def encode_pictures(encoder: Encoder, dataset: ClipDataset) -> Pictures:
+    """Encode each distinct picture once; files of the same bytes are one picture.
+
+    Raises `UserError` if no picture can be opened.
+    """
+    copies: dict[str, list[int]] = {}
+    missing = set(dataset.missing())
+    there = [index for index in range(len(dataset)) if index not in missing]
+    digests = in_threads(lambda index: _digest(dataset, index), there)
+    for index, digest in zip(there, digests, strict=True):
+        copies.setdefault(digest, []).append(index)
+    firsts = {indices[0]: indices for indices in copies.values()}
+    broken: dict[str, str] = {}
+    batches = image_batches(dataset, list(firsts), encoder.image_size, BATCH, broken)
+    indices, features = encoder.images(batches, len(firsts))
+    notes = []
+    if missing:
+        notes.append(
+            f"{len(missing)} of the {len(dataset)} pictures named in {dataset.name} are not there (the first is "
+            f"{dataset.names[min(missing)]}); they are left out."
+        )
+    if broken:
+        name, reason = next(iter(broken.items()))
+        notes.append(f"{len(broken)} pictures cannot be opened and are left out (the first is {name}: {reason}).")
+    if not indices:
+        raise UserError(f"No picture of {dataset.name} can be opened; run clip-finetune info on it to see why.")
+    return Pictures(features, [firsts[index] for index in indices], tuple(notes))
+
+
+def _digest(dataset: ClipDataset, index: int) -> str:
+    path = dataset.path(index)
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _old(file)
+    except OSError:
+        return f"unreadable {path}"  # decoding it tells the reason
+
+
+def _old(file) -> str:
+    """hashlib.file_digest for Python 3.10."""
+    digest = hashlib.sha256()
+    while block := file.read(2**20):
+        digest.update(block)
+    return digest.hexdigest()
