@@ -8,6 +8,7 @@ import torch
 
 from clip_finetune.engine.clip.architecture import Architecture
 from clip_finetune.engine.clip.full_clip import FullCLIP
+from clip_finetune.engine.clip.network import random_full_clip
 
 TINY = Architecture(
     embed_dim=32, image_size=32, patch_size=8,
@@ -25,25 +26,10 @@ VIT_L_14 = Architecture(
 
 def random_clip(architecture: Architecture = TINY, *, seed: int = 0, dtype=torch.float32, **changes) -> FullCLIP:
     """A full CLIP of this architecture; vectors that start at one or zero are disturbed, so that all differ."""
-    import open_clip
-
-    a = dataclasses.replace(architecture, **changes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = open_clip.CLIP(
-            a.embed_dim,
-            open_clip.CLIPVisionCfg(
-                layers=a.vision_layers, width=a.vision_width, head_width=a.vision_width // a.vision_heads,
-                mlp_ratio=a.vision_mlp_width / a.vision_width, patch_size=a.patch_size, image_size=a.image_size,
-            ),
-            open_clip.CLIPTextCfg(
-                context_length=a.context_length, vocab_size=a.vocab_size, width=a.text_width, heads=a.text_heads,
-                layers=a.text_layers, mlp_ratio=a.text_mlp_width / a.text_width,
-            ),
-            quick_gelu=a.activation == "quick_gelu",
-        )  # fmt: skip
-        state = {}
-        for name, tensor in network.state_dict().items():
-            disturbed = tensor + 0.02 * torch.randn_like(tensor) if tensor.ndim == 1 else tensor
-            state[name] = disturbed.to(dtype)
-    return FullCLIP(a, state)
+    model = random_full_clip(dataclasses.replace(architecture, **changes), seed)
+    generator = torch.Generator().manual_seed(seed)
+    state = {
+        name: (tensor + 0.02 * torch.randn(tensor.shape, generator=generator) if tensor.ndim == 1 else tensor).to(dtype)
+        for name, tensor in model.state_dict.items()
+    }
+    return FullCLIP(model.architecture, state)

@@ -104,7 +104,8 @@ def test_the_schedule_is_torchs_one_cycle(total, warmup):
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([parameter], lr=1.0, betas=(0.8, 0.9))
     theirs = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=1.0, total_steps=total, pct_start=warmup, div_factor=25, final_div_factor=4, cycle_momentum=False
+        optimizer, max_lr=1.0, total_steps=total, pct_start=warmup, div_factor=25, final_div_factor=4,
+        cycle_momentum=False,
     )  # fmt: skip
     for step in range(total):
         assert one_cycle(step, total, warmup) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), step

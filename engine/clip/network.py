@@ -16,7 +16,7 @@ def build_network(full_clip: FullCLIP, *, device="cpu", dtype: torch.dtype = tor
     It has `encode_image` (pictures [n, 3, size, size], normalised), `encode_text` (int64 tokens [n, context]) and
     `logit_scale`. A model in GmP form gets `GmPLinear` layers, so its parameters bear the names in the file.
     """
-    network = _skeleton(full_clip.architecture)
+    network = _skeleton(full_clip.architecture, device="meta")
     if full_clip.parameterization == "gmp":
         for layer in [name for name in full_clip.state_dict if name.endswith(".theta")]:
             block = network.get_submodule(layer.rsplit(".", 2)[0])
@@ -33,8 +33,8 @@ def build_network(full_clip: FullCLIP, *, device="cpu", dtype: torch.dtype = tor
     return network.train().requires_grad_(True)
 
 
-def _skeleton(architecture: Architecture) -> nn.Module:
-    """The network without weights: its parameters are on the meta device, so that nothing is initialised in vain."""
+def _skeleton(architecture: Architecture, device: str) -> nn.Module:
+    """open_clip's network as it initialises it; on the meta device without weights, so that none are drawn in vain."""
     import open_clip
 
     a = architecture
@@ -55,5 +55,13 @@ def _skeleton(architecture: Architecture) -> nn.Module:
         layers=a.text_layers,
         mlp_ratio=(a.text_mlp_width + 0.5) / a.text_width,
     )
-    with torch.device("meta"):
+    with torch.device(device):
         return open_clip.CLIP(a.embed_dim, vision, text, quick_gelu=a.activation == "quick_gelu")
+
+
+def random_full_clip(architecture: Architecture, seed: int) -> FullCLIP:
+    """A new model with open_clip's own initialisation (float32), a function of the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = _skeleton(architecture, device="cpu")
+    return FullCLIP(architecture, network.state_dict(), {"source": f"initialised at random, seed {seed}"})

@@ -50,7 +50,7 @@ def picture_suffixes() -> frozenset[str]:
 
 
 def read_captions(place: Path, kind: str = "auto") -> Reading:
-    """Read a data set folder, or one caption file; raises `UserError` in one sentence where there is nothing to read."""
+    """Read a data set folder, or one caption file; raises `UserError` where there is nothing to read."""
     if kind not in FORMATS:
         raise UserError(f"The caption format {kind!r} is not known; choose {' or '.join(FORMATS)}.")
     if place.is_file():
@@ -226,5 +226,5 @@ def _from_class_folders(folder: Path, pictures: list[Path]) -> Reading:
         )
     raise UserError(
         f"{folder} holds {len(pictures)} pictures but no captions: add a .txt file beside each picture, a labels JSON "
-        'such as {"picture.jpg": ["a caption"]}, a CSV with the columns image and caption, or a subfolder for each class.'
+        'such as {"picture.jpg": ["a caption"]}, a CSV with the columns image and caption, or a subfolder a class.'
     )

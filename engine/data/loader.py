@@ -184,7 +184,7 @@ def in_threads(function: Callable[[T], R], items: Iterable[T], ahead: int = 64) 
 def image_batches(
     dataset: ClipDataset, indices: Sequence[int], image_size: int, batch_size: int, broken: dict[str, str] | None = None
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """(sample indices, uint8 [b, 3, s, s]) in order, for evaluation. Broken pictures are left out and put in `broken`."""
+    """(sample indices, uint8 [b, 3, s, s]) in order. Broken pictures are left out and put in `broken`."""
     good: list[int] = []
     images: list[Tensor] = []
 

@@ -57,7 +57,8 @@ def eval_retrieval(
     """Retrieval over a captioned data set; raises `UserError` for one without captions."""
     if not dataset.has_captions:
         raise UserError(
-            f"{dataset.name} has class folders but no captions, so retrieval cannot be measured on it; use EvalZeroShot."
+            f"{dataset.name} has class folders but no captions, so retrieval cannot be measured on it; measure "
+            "zero-shot accuracy instead."
         )
     encoder = Encoder.of(full_clip, device=device, on_progress=on_progress, check_cancelled=check_cancelled)
     return retrieval_of(encoder, dataset)

@@ -54,7 +54,8 @@ def require_classes(dataset: ClipDataset) -> None:
     if len(dataset.class_names) < 2:
         found = "no classes" if not dataset.class_names else "a single class"
         raise UserError(
-            f"{dataset.name} has {found}; for zero-shot accuracy give a folder with a subfolder of pictures for each class."
+            f"{dataset.name} has {found}; for zero-shot accuracy give a folder with a subfolder of pictures for each "
+            "class."
         )
 
 
@@ -106,7 +107,7 @@ def ranks_of(scores_nc: Tensor, right_nc: Tensor) -> Tensor:
 
 
 def sentences_of(templates: str, custom_templates: Sequence[str] = ()) -> list[Callable[[str], str]]:
-    """Functions from a class name to a sentence: OpenAI's 80 or the short set of open_clip, the bare name, or one's own."""
+    """Functions from a class name to a sentence: OpenAI's 80, open_clip's short set, the bare name, or one's own."""
     if templates not in TEMPLATES:
         raise UserError(f"The templates {templates!r} are not known; choose {' or '.join(TEMPLATES)}.")
     if templates == "none":
