@@ -1,1 +1,13 @@
-"""What a graph sees."""
+"""What a graph sees: schemas, one call of the engine each, and presentation."""
+
+from comfy_api.latest import ComfyExtension
+
+from . import dataset, evaluation, host, models, training
+
+NODES = [*models.NODES, *dataset.NODES, *training.NODES, *evaluation.NODES]
+
+
+class ClipFinetuneExtension(ComfyExtension):
+    async def get_node_list(self):
+        host.register_folders()
+        return NODES

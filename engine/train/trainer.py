@@ -102,7 +102,9 @@ def train(
         on_progress, check_cancelled,
     )  # fmt: skip
     training.describe(identity, origins)
-    return training.run_to_the_end()
+    # A host may call this in inference mode, whose tensors cannot be trained.
+    with torch.inference_mode(False), torch.enable_grad():
+        return training.run_to_the_end()
 
 
 class _Notes(list):

@@ -1,0 +1,138 @@
+"""Nodes that measure models."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..engine.evaluate.retrieval import eval_retrieval
+from ..engine.evaluate.together import percent
+from ..engine.evaluate.zero_shot import TEMPLATES, eval_zero_shot
+from ..engine.report.charts import against_baseline, bar_chart
+from ..engine.report.tables import table
+from . import host
+from .sockets import CATEGORY, Dataset, FullClip
+
+
+def _inputs(*more):
+    return [
+        FullClip.Input("full_clip"),
+        Dataset.Input("dataset"),
+        FullClip.Input("baseline", optional=True, tooltip="The model to compare with, such as the original."),
+        *more,
+    ]
+
+
+def _outputs(number: str):
+    return [
+        io.Float.Output(display_name=number),
+        io.String.Output(display_name="table"),
+        io.Image.Output(display_name="chart"),
+    ]
+
+
+def _measure(cls, evaluate, full_clip, baseline):
+    """{"model": result} and, where there is one, {"baseline": result}, with progress and notes shown."""
+    display = host.Display(cls.hidden.unique_id)
+    results = {}
+    with host.whole_device():
+        for name, model in (("baseline", baseline), ("model", full_clip)):
+            if model is not None:
+                results[name] = evaluate(
+                    model, device=host.device(), on_progress=display.count, check_cancelled=host.check_cancelled
+                )
+    for note in results["model"].notes:
+        display.say(note)
+    return results, display
+
+
+def _shown(cls, display, what, results, number, rows, groups):
+    before = number(results["baseline"]) if "baseline" in results else None
+    sentence = against_baseline(what, number(results["model"]), before)
+    words = table(rows)
+    display.say(sentence)
+    chart = host.image_tensor(bar_chart(groups, title=sentence))
+    return io.NodeOutput(number(results["model"]), words, chart, ui=ui.PreviewImage(chart, cls=cls))
+
+
+class EvalZeroShot(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="EvalZeroShot",
+            display_name="Evaluate Zero-Shot",
+            category=CATEGORY,
+            description="How many pictures of a labelled folder (a subfolder for each class) the model puts into the "
+            "right class by its name alone.",
+            inputs=_inputs(
+                io.Combo.Input(
+                    "templates", options=list(TEMPLATES), default="openai-80", optional=True,
+                    tooltip="Sentences that a class name is put into: OpenAI's 80, a short set, none, or your own.",
+                ),
+                io.String.Input(
+                    "custom_templates", default="", multiline=True, optional=True,
+                    tooltip="For templates: custom. One sentence a line, with {} where the class name goes.",
+                ),
+            ),
+            outputs=_outputs("accuracy"),
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, full_clip, dataset, baseline=None, templates="openai-80", custom_templates=""):
+        def evaluate(model, **host_calls):
+            return eval_zero_shot(
+                model, dataset, templates=templates, custom_templates=custom_templates.splitlines(), **host_calls
+            )
+
+        results, display = _measure(cls, evaluate, full_clip, baseline)
+        parts = {"top 1": "top1", "top 5": "top5", "mean of classes": "mean_per_class"}
+        rows = [
+            {"model": name} | {words: percent(getattr(result, key)) for words, key in parts.items()}
+            for name, result in results.items()
+        ]
+        groups = {
+            words: {name: getattr(result, key) for name, result in results.items()} for words, key in parts.items()
+        }
+        return _shown(cls, display, "Zero-shot accuracy", results, lambda result: result.top1, rows, groups)
+
+
+class EvalRetrieval(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="EvalRetrieval",
+            display_name="Evaluate Retrieval",
+            category=CATEGORY,
+            description="How often a picture finds one of its captions first among all captions, and a caption its "
+            "picture among all pictures.",
+            inputs=_inputs(),
+            outputs=_outputs("recall_at_1"),
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, full_clip, dataset, baseline=None):
+        results, display = _measure(
+            cls, lambda model, **host_calls: eval_retrieval(model, dataset, **host_calls), full_clip, baseline
+        )
+        sides = {"image to text": "image_to_text", "text to image": "text_to_image"}
+        rows = [
+            {"model": name}
+            | {
+                f"{words} R@{k}": percent(getattr(result, key)[f"r{k}"])
+                for words, key in sides.items()
+                for k in (1, 5, 10)
+            }
+            for name, result in results.items()
+        ]
+        groups = {
+            f"{words}\nR@{k}": {name: getattr(result, key)[f"r{k}"] for name, result in results.items()}
+            for words, key in sides.items()
+            for k in (1, 5)
+        }
+        return _shown(cls, display, "Recall at 1", results, lambda result: result.recall_at_1, rows, groups)
+
+
+NODES = [EvalZeroShot, EvalRetrieval]

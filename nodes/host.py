@@ -1,0 +1,280 @@
+"""The only file that talks to ComfyUI: folders, device, memory, progress, cancel, previews and CLIP sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import folder_paths
+import numpy
+import torch
+from server import PromptServer
+
+from ..engine.errors import UserError
+
+MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+PRETRAINED = ("ViT-L-14/openai", "ViT-L-14-336/openai", "ViT-B-16/openai", "ViT-B-32/openai")
+_PRETRAINED_PREFIX = "pretrained: "
+_RUNS = "clip_finetune"
+_MAX_FINGERPRINTED = 50_000
+
+
+def register_folders() -> None:
+    """Tell ComfyUI of models/full_clip, output/full_clip, and a datasets folder where it has none of its own."""
+    folder_paths.add_model_folder_path("full_clip", os.path.join(folder_paths.models_dir, "full_clip"))
+    folder_paths.add_model_folder_path("full_clip", os.path.join(folder_paths.get_output_directory(), "full_clip"))
+    if "datasets" not in folder_paths.folder_names_and_paths:
+        folder_paths.add_model_folder_path("datasets", os.path.join(folder_paths.base_path, "datasets"))
+
+
+# ---- files that widgets name -----------------------------------------------------------------------------------------
+
+
+def list_models() -> list[str]:
+    """Files of the model folders, best models of runs, and names that download when they are used."""
+    files = [name for name in folder_paths.get_filename_list("full_clip") if name.lower().endswith(MODEL_SUFFIXES)]
+    output = Path(folder_paths.get_output_directory())
+    runs = sorted(path.relative_to(output).as_posix() for path in (output / _RUNS).glob("*/best.safetensors"))
+    return [*files, *runs, *(_PRETRAINED_PREFIX + name for name in PRETRAINED)]
+
+
+def find_model(name: str) -> str:
+    """The path or hub name behind an entry of `list_models`; refuses whatever is not listed now."""
+    if name not in list_models():
+        raise UserError(f"{name!r} is not among the full CLIP models; press R to refresh the list and choose again.")
+    if name.startswith(_PRETRAINED_PREFIX):
+        return name.removeprefix(_PRETRAINED_PREFIX)
+    if name.startswith(f"{_RUNS}/") and name.endswith("/best.safetensors"):
+        return os.path.join(folder_paths.get_output_directory(), name)
+    return folder_paths.get_full_path_or_raise("full_clip", name)
+
+
+def _dataset_folders() -> dict[str, str]:
+    """Folders below the datasets roots (two levels) and the input folder, by the name that is shown."""
+    found: dict[str, str] = {}
+    roots = [(root, 2) for root in folder_paths.get_folder_paths("datasets")]
+    for root, depth in [*roots, (folder_paths.get_input_directory(), 1)]:
+        for name in _subfolders(root, depth):
+            if name in found:
+                name_shown, path = f"input/{name}", os.path.join(root, name)
+                found.setdefault(name_shown, path)
+            else:
+                found[name] = os.path.join(root, name)
+    return found
+
+
+def _subfolders(root: str, depth: int, prefix: str = "") -> list[str]:
+    try:
+        with os.scandir(os.path.join(root, prefix)) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except OSError:
+        return []
+    found = []
+    for name in names:
+        found.append(prefix + name)
+        if depth > 1:
+            found += _subfolders(root, depth - 1, f"{prefix}{name}/")
+    return found
+
+
+def list_datasets() -> list[str]:
+    return list(_dataset_folders())
+
+
+def find_dataset(name: str) -> str:
+    """The folder behind an entry of `list_datasets`; refuses whatever is not listed now."""
+    folders = _dataset_folders()
+    if name not in folders:
+        raise UserError(
+            f"{name!r} is not among the data set folders; put your pictures into a folder inside ComfyUI's datasets or "
+            "input folder, press R to refresh the list, and choose it."
+        )
+    return folders[name]
+
+
+def file_fingerprint(path: str) -> tuple:
+    """Changes when the file does."""
+    if not os.path.isfile(path):
+        return (path,)
+    stat = os.stat(path)
+    return (path, stat.st_size, stat.st_mtime_ns)
+
+
+def folder_fingerprint(folder: str) -> list[tuple]:
+    """Changes when a file in the folder does; of more than 50,000 files, only caption files and folders."""
+    files, light = [], []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        light.append((root, os.stat(root).st_mtime_ns))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            path = os.path.join(root, name)
+            if len(files) <= _MAX_FINGERPRINTED:
+                files.append(path)
+            if name.lower().endswith((".json", ".csv")):
+                light.append(file_fingerprint(path))
+        if root.count(os.sep) - folder.count(os.sep) > 16:  # a folder inside its own link
+            folders.clear()
+    return sorted(light if len(files) > _MAX_FINGERPRINTED else map(file_fingerprint, filter(os.path.exists, files)))
+
+
+# ---- places to write to ----------------------------------------------------------------------------------------------
+
+
+def run_folder(run_name: str) -> Path:
+    """output/clip_finetune/<run_name>; refuses a name that is not that of one folder."""
+    name = run_name.strip()
+    if not name or name.startswith(".") or any(letter in name for letter in '/\\:*?"<>|\0'):
+        raise UserError(
+            f"run_name is {run_name!r}; give a plain name such as my_clip, without slashes or a leading dot."
+        )
+    return Path(folder_paths.get_output_directory(), _RUNS, name)
+
+
+def new_output_file(filename_prefix: str) -> Path:
+    """The next free numbered .safetensors file for a prefix, in ComfyUI's output folder; refuses to leave it."""
+    output = folder_paths.get_output_directory()
+    target = os.path.normpath(os.path.join(output, filename_prefix))
+    inside = target.startswith(os.path.join(os.path.normpath(output), ""))
+    if not inside or not os.path.basename(filename_prefix) or "\0" in filename_prefix:
+        raise UserError(
+            f"filename_prefix is {filename_prefix!r}, which is outside ComfyUI's output folder; give a name such as "
+            "clip/clip_l."
+        )
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, output)
+    return Path(folder, f"{name}_{counter:05}_.safetensors")
+
+
+def relative_to_output(path: Path) -> str:
+    return path.relative_to(folder_paths.get_output_directory()).as_posix()
+
+
+# ---- device, progress, cancel ----------------------------------------------------------------------------------------
+
+
+def device() -> torch.device:
+    return comfy.model_management.get_torch_device()
+
+
+def check_cancelled() -> None:
+    """Raises the host's interrupt if the user pressed cancel."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+@contextlib.contextmanager
+def whole_device():
+    """ComfyUI's models leave the device while something else needs it."""
+    management = comfy.model_management
+    management.unload_all_models()
+    management.soft_empty_cache()
+    before = getattr(management, "in_training", None)
+    try:
+        if before is not None:
+            management.in_training = True
+        yield
+    finally:
+        if before is not None:
+            management.in_training = before
+        management.soft_empty_cache()
+
+
+class Display:
+    """A node's progress bar, its live picture and the text under it."""
+
+    def __init__(self, node_id: str | None):
+        self.node_id = node_id
+        self.bar = comfy.utils.ProgressBar(1, node_id=node_id)
+        self.lines: list[str] = []
+        self.next_picture = 0.0
+
+    def count(self, done: int, total: int) -> None:
+        self.bar.update_absolute(done, max(total, 1))
+
+    def picture(self, done: int, total: int, draw: Callable) -> None:
+        """Count, and show `draw()` (PIL, RGB) at most every two seconds and for at most a twentieth of the time."""
+        now = time.monotonic()
+        if now < self.next_picture and done < total:
+            self.count(done, total)
+            return
+        drawn = draw().convert("RGB")  # a preview with an alpha channel ends the host's server
+        self.bar.update_absolute(done, max(total, 1), ("JPEG", drawn, drawn.width))
+        cost = time.monotonic() - now
+        self.next_picture = now + max(2.0, 20 * cost)
+
+    def say(self, sentence: str) -> None:
+        """Add a sentence to the text under the node."""
+        if sentence and sentence not in self.lines:
+            self.lines.append(sentence)
+            self._send()
+
+    def status(self, line: str) -> None:
+        """Show a line below the sentences until the next one."""
+        self._send(line)
+
+    def _send(self, *more: str) -> None:
+        if self.node_id is not None and PromptServer.instance is not None:
+            PromptServer.instance.send_progress_text("\n".join([*self.lines, *more]), self.node_id)
+
+
+def image_tensor(picture) -> torch.Tensor:
+    """PIL RGB to an IMAGE: float32 [1, height, width, 3] from 0 to 1."""
+    return torch.from_numpy(numpy.array(picture.convert("RGB"), dtype=numpy.float32) / 255.0)[None]
+
+
+# ---- CLIP sockets ----------------------------------------------------------------------------------------------------
+
+_CLIP_L = "clip_l.transformer."
+
+
+def clip_from_file(path: Path):
+    """A CLIP socket that holds this text encoder alone, as CLIPLoader makes it."""
+    return comfy.sd.load_clip([str(path)], folder_paths.get_folder_paths("embeddings"),
+                              comfy.sd.CLIPType.STABLE_DIFFUSION)  # fmt: skip
+
+
+def clip_from_tensors(tensors: Mapping[str, torch.Tensor]):
+    return comfy.sd.load_text_encoder_state_dicts(
+        [dict(tensors)], folder_paths.get_folder_paths("embeddings"), comfy.sd.CLIPType.STABLE_DIFFUSION
+    )
+
+
+def clip_l_tensors(clip) -> dict[str, torch.Tensor]:
+    """The CLIP-L in a CLIP socket under Hugging Face's names, LoRAs applied; copies on the CPU."""
+    clip.load_model()
+    state = clip.state_dict_for_saving()
+    found = {
+        name.removeprefix(_CLIP_L): torch.as_tensor(tensor).detach().to("cpu", copy=True)
+        for name, tensor in state.items()
+        if name.startswith(_CLIP_L)
+    }
+    if not found:
+        raise UserError(
+            "The CLIP that is connected holds no CLIP-L; connect that of an SD1.5, SDXL, SD3 or Flux model."
+        )
+    return found
+
+
+def replace_clip_l(clip, tensors: Mapping[str, torch.Tensor]):
+    """A clone of the CLIP with these tensors as its CLIP-L; the original and its other parts stay as they are."""
+    have = clip.patcher.model.state_dict()
+    unknown = [name for name in tensors if _CLIP_L + name not in have]
+    if unknown:
+        raise UserError(f"The CLIP that is connected has no {unknown[0]}; connect one that holds a CLIP-L.")
+    for name, tensor in tensors.items():
+        found = tuple(have[_CLIP_L + name].shape)
+        if found != tuple(tensor.shape):
+            raise UserError(
+                f"The CLIP that is connected has another shape of CLIP-L: {name} is {found} there and "
+                f"{tuple(tensor.shape)} in the trained model."
+            )
+    clone = clip.clone()
+    applied = clone.add_patches({_CLIP_L + name: ("set", (tensor,)) for name, tensor in tensors.items()})
+    missing: Sequence[str] = [name for name in tensors if _CLIP_L + name not in applied]
+    if missing:
+        raise UserError(f"ComfyUI did not accept the new {missing[0]} of the CLIP-L; nothing was replaced.")
+    return clone

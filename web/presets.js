@@ -1,0 +1,24 @@
+// Choosing a preset writes its values into the node's widgets, so that what runs is what the widgets show.
+// The values come with the node's schema. Loading a workflow sets widgets without their callbacks: nothing is overwritten.
+import { app } from "../../scripts/app.js";
+
+app.registerExtension({
+  name: "clip-finetune.presets",
+  nodeCreated(node) {
+    const preset = node.widgets?.find((widget) => widget.name === "preset");
+    const presets = preset?.options?.clip_finetune_presets;
+    if (!presets) return;
+    const before = preset.callback;
+    preset.callback = function (value, ...rest) {
+      const result = before?.call(this, value, ...rest);
+      for (const [name, chosen] of Object.entries(presets[value] ?? {})) {
+        const widget = node.widgets.find((other) => other.name === name);
+        if (!widget || widget.value === chosen) continue;
+        widget.value = chosen;
+        widget.callback?.(chosen, app.canvas, node);
+      }
+      node.setDirtyCanvas(true, true);
+      return result;
+    };
+  },
+});
