@@ -114,8 +114,8 @@ def picture_suffixes() -> frozenset[str]:
 
     registered = Image.registered_extensions()
     # Pillow knows these by name only: it cannot decode them.
-    opened = {kind for kind, (opener, _) in Image.OPEN.items() if not _derives(opener, ImageFile.StubImageFile)} - {"MPEG"}
-    return frozenset(suffix for suffix, kind in registered.items() if kind in opened)
+    stubs = {kind for kind, (opener, _) in Image.OPEN.items() if _derives(opener, ImageFile.StubImageFile)} | {"MPEG"}
+    return frozenset(suffix for suffix, kind in registered.items() if kind in Image.OPEN and kind not in stubs)
 
 
 def _derives(opener: object, base: type) -> bool:
@@ -159,8 +159,9 @@ def _nothing_read(tree: Tree, refusals: dict[str, str]) -> str:
 def _read_file(file: Path) -> Reading:
     suffix = file.suffix.lower()
     if suffix != ".json" and suffix not in _TABLES:
-        raise UserError(f"{file} is not a caption file; give a labels JSON, a CSV with the columns image and caption, or "
-                        "a folder.")  # fmt: skip
+        raise UserError(
+            f"{file} is not a caption file; give a labels JSON, a CSV with the columns image and caption, or a folder."
+        )
     found = _labels(file) if suffix == ".json" else _table(file)
     if isinstance(found, str):
         raise UserError(f"{file} {found}, not captions by picture; give {_HOW}.")
@@ -296,3 +297,4 @@ def _class_folders(tree: Tree) -> Reading | str:
 READERS: dict[str, Reader] = {
     "json": _json_files, "csv": _csv_files, "sidecar": _sidecars, "folders": _class_folders,
 }  # fmt: skip
+FORMATS = ("auto", *READERS)
