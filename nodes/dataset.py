@@ -23,12 +23,13 @@ class LoadCLIPDataset(io.ComfyNode):
             search_aliases=["captions", "training images"],
             inputs=[
                 io.Combo.Input("folder", options=host.list_datasets(), tooltip="Press R after adding a folder."),
-                io.Combo.Input("captions", options=list(FORMATS), default="auto", tooltip="auto recognises it."),
+                io.Combo.Input("captions", options=list(FORMATS), default="auto", optional=True,
+                               tooltip="Where the captions are: auto recognises it."),
                 io.Float.Input(
-                    "validation_split", default=0.1, min=0.0, max=0.9, step=0.01,
+                    "validation_split", default=0.1, min=0.0, max=0.9, step=0.01, optional=True,
                     tooltip="The share of the pictures that is kept from training, to measure on.",
                 ),
-                io.Int.Input("seed", default=0, min=0, max=2**53, control_after_generate=False,
+                io.Int.Input("seed", default=0, min=0, max=2**53, control_after_generate=False, optional=True,
                              tooltip="Which pictures are kept for validation."),
             ],
             outputs=[Dataset.Output(display_name="train"), Dataset.Output(display_name="validation")],

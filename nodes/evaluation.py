@@ -45,13 +45,21 @@ def _measure(cls, evaluate, full_clip, baseline):
     return results, display
 
 
-def _shown(cls, display, what, results, number, rows, groups):
+def _shown(cls, display, what, results, number, measures, drawn):
+    """The outputs of a node: `number` of the model, a table with a row a measure, and a chart of those in `drawn`."""
     before = number(results["baseline"]) if "baseline" in results else None
     sentence = against_baseline(what, number(results["model"]), before)
-    words = table(rows)
+    rows = [
+        {what: name} | {model: percent(measure(found)) for model, found in results.items()}
+        for name, measure in measures.items()
+    ]
+    groups = {
+        name.replace(" R@", "\nR@"): {model: measures[name](found) for model, found in results.items()}
+        for name in drawn
+    }
     display.say(sentence)
     chart = host.image_tensor(bar_chart(groups, title=sentence))
-    return io.NodeOutput(number(results["model"]), words, chart, ui=ui.PreviewImage(chart, cls=cls))
+    return io.NodeOutput(number(results["model"]), table(rows), chart, ui=ui.PreviewImage(chart, cls=cls))
 
 
 class EvalZeroShot(io.ComfyNode):
@@ -86,15 +94,12 @@ class EvalZeroShot(io.ComfyNode):
             )
 
         results, display = _measure(cls, evaluate, full_clip, baseline)
-        parts = {"top 1": "top1", "top 5": "top5", "mean of classes": "mean_per_class"}
-        rows = [
-            {"model": name} | {words: percent(getattr(result, key)) for words, key in parts.items()}
-            for name, result in results.items()
-        ]
-        groups = {
-            words: {name: getattr(result, key) for name, result in results.items()} for words, key in parts.items()
+        measures = {
+            "top 1": lambda found: found.top1,
+            "top 5": lambda found: found.top5,
+            "mean of classes": lambda found: found.mean_per_class,
         }
-        return _shown(cls, display, "Zero-shot accuracy", results, lambda result: result.top1, rows, groups)
+        return _shown(cls, display, "Zero-shot accuracy", results, lambda found: found.top1, measures, list(measures))
 
 
 class EvalRetrieval(io.ComfyNode):
@@ -117,22 +122,13 @@ class EvalRetrieval(io.ComfyNode):
         results, display = _measure(
             cls, lambda model, **host_calls: eval_retrieval(model, dataset, **host_calls), full_clip, baseline
         )
-        sides = {"image to text": "image_to_text", "text to image": "text_to_image"}
-        rows = [
-            {"model": name}
-            | {
-                f"{words} R@{k}": percent(getattr(result, key)[f"r{k}"])
-                for words, key in sides.items()
-                for k in (1, 5, 10)
-            }
-            for name, result in results.items()
-        ]
-        groups = {
-            f"{words}\nR@{k}": {name: getattr(result, key)[f"r{k}"] for name, result in results.items()}
-            for words, key in sides.items()
-            for k in (1, 5)
+        measures = {
+            f"{words} R@{k}": lambda found, side=side, k=k: getattr(found, side)[f"r{k}"]
+            for words, side in (("image to text", "image_to_text"), ("text to image", "text_to_image"))
+            for k in (1, 5, 10)
         }
-        return _shown(cls, display, "Recall at 1", results, lambda result: result.recall_at_1, rows, groups)
+        drawn = [name for name in measures if not name.endswith("R@10")]
+        return _shown(cls, display, "Recall at 1", results, lambda found: found.recall_at_1, measures, drawn)
 
 
 NODES = [EvalZeroShot, EvalRetrieval]

@@ -15,6 +15,7 @@ from . import host
 from .sockets import CATEGORY, FullClip
 
 DTYPES = ["fp16", "bf16", "fp32"]
+_PREFIX = "Where in ComfyUI's output folder, and how the file's name begins; a number is added."
 
 
 class LoadFullCLIP(io.ComfyNode):
@@ -86,12 +87,13 @@ class SaveFullCLIP(io.ComfyNode):
             description="Saves both towers as one file in ComfyUI's output folder. Load Full CLIP lists it.",
             inputs=[
                 FullClip.Input("full_clip"),
-                io.String.Input("filename_prefix", default="full_clip/my_clip", tooltip="In the output folder."),
+                io.String.Input("filename_prefix", default="full_clip/my_clip", optional=True, tooltip=_PREFIX),
                 io.Combo.Input(
-                    "format", options=["openai", "gmp"], default="openai",
+                    "format", options=["openai", "gmp"], default="openai", optional=True,
                     tooltip="openai: plain weights under OpenAI's names. gmp: in GmP form, to train on with it.",
                 ),
-                io.Combo.Input("dtype", options=DTYPES, default="fp32"),
+                io.Combo.Input("dtype", options=DTYPES, default="fp32", optional=True,
+                               tooltip="fp32 to train on with it; fp16 is half as large."),
             ],
             outputs=[io.String.Output(display_name="path")],
             hidden=[io.Hidden.unique_id],
@@ -99,14 +101,16 @@ class SaveFullCLIP(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, full_clip, filename_prefix, format="openai", dtype="fp32"):
+    def execute(cls, full_clip, filename_prefix="full_clip/my_clip", format="openai", dtype="fp32"):
+        display = host.Display(cls.hidden.unique_id)
         gmp = full_clip.parameterization == "gmp"
         if format == "openai" and gmp:
             full_clip = fold_gmp(full_clip)
+            display.say("The model was in GmP form; it was folded to plain weights.")
         elif format == "gmp" and not gmp:
             full_clip = to_gmp(full_clip)
         path = host.relative_to_output(save_full_clip(full_clip, host.new_output_file(filename_prefix), dtype=dtype))
-        host.Display(cls.hidden.unique_id).say(f"Saved output/{path}")
+        display.say(f"Saved output/{path}")
         return io.NodeOutput(path)
 
 
@@ -124,11 +128,12 @@ class ExportClipL(io.ComfyNode):
                 FullClip.Input("full_clip", tooltip="A ViT-L/14. One in GmP form is folded."),
                 io.Clip.Input("clip", optional=True,
                               tooltip="The CLIP of an SD1.5, SDXL, SD3 or Flux model, to replace the CLIP-L in."),
-                io.String.Input("filename_prefix", default="clip/clip_l", tooltip="In the output folder."),
-                io.Combo.Input("dtype", options=DTYPES, default="fp16"),
-                io.Boolean.Input("save", default=True, tooltip="Off: only the clip output, no file."),
+                io.String.Input("filename_prefix", default="clip/clip_l", optional=True, tooltip=_PREFIX),
+                io.Combo.Input("dtype", options=DTYPES, default="fp16", optional=True,
+                               tooltip="fp16 is what image programs use; ComfyUI computes with it either way."),
+                io.Boolean.Input("save", default=True, optional=True, tooltip="Off: only the clip output, no file."),
                 io.Float.Input(
-                    "strength", default=1.0, min=0.0, max=1.5, step=0.05,
+                    "strength", default=1.0, min=0.0, max=1.5, step=0.05, optional=True,
                     tooltip="1 is the trained text encoder, 0 the one in the connected clip, above 1 goes further.",
                 ),
             ],

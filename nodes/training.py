@@ -52,9 +52,11 @@ def _schema(node_id: str, display_name: str, description: str, presets: Mapping[
             FullClip.Input("full_clip"),
             Dataset.Input("train"),
             Dataset.Input("validation", optional=True, tooltip="Without it the last weights count as the best."),
-            io.String.Input("run_name", default="my_clip", tooltip="The run's folder in output/clip_finetune."),
+            io.String.Input("run_name", default="my_clip", optional=True,
+                            tooltip="The run's folder in output/clip_finetune."),
             io.Combo.Input(
-                "preset", options=list(presets), default=DEFAULT_PRESET, extra_dict={"clip_finetune_presets": carried},
+                "preset", options=list(presets), default=DEFAULT_PRESET, optional=True,
+                extra_dict={"clip_finetune_presets": carried},
                 tooltip=f"Choosing one writes its values into the widgets below.\n{words}",
             ),
             *_settings(),
@@ -113,7 +115,9 @@ class TrainCLIP(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, full_clip, train, run_name, preset=DEFAULT_PRESET, validation=None, if_run_exists="auto", **given):
+    def execute(
+        cls, full_clip, train, validation=None, run_name="my_clip", preset=DEFAULT_PRESET, if_run_exists="auto", **given
+    ):
         return _train(cls, PRESETS, False, full_clip, train, validation, run_name, preset, if_run_exists, given)
 
 
@@ -129,7 +133,9 @@ class TrainCLIPGmP(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, full_clip, train, run_name, preset=DEFAULT_PRESET, validation=None, if_run_exists="auto", **given):
+    def execute(
+        cls, full_clip, train, validation=None, run_name="my_clip", preset=DEFAULT_PRESET, if_run_exists="auto", **given
+    ):
         return _train(cls, GMP_PRESETS, True, full_clip, train, validation, run_name, preset, if_run_exists, given)
 
 

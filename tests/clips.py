@@ -23,6 +23,11 @@ VIT_L_14 = Architecture(
     activation="quick_gelu",
 )  # fmt: skip
 
+# The text tower that SD and SDXL load, with a vision tower that costs nothing.
+CLIP_L = dataclasses.replace(
+    VIT_L_14, image_size=32, patch_size=8, vision_width=64, vision_layers=2, vision_heads=2, vision_mlp_width=256
+)
+
 
 def random_clip(architecture: Architecture = TINY, *, seed: int = 0, dtype=torch.float32, **changes) -> FullCLIP:
     """A full CLIP of this architecture; vectors that start at one or zero are disturbed, so that all differ."""

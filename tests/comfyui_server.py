@@ -60,9 +60,11 @@ class Server:
 
     def __init__(self):
         self.base = Path(tempfile.mkdtemp(prefix="clip_finetune_comfyui_"))
-        for name in ("custom_nodes", "input", "output", "temp", "user", "models/full_clip", "datasets"):
+        for name in ("custom_nodes", "input", "output", "temp", "user", "datasets", "models/full_clip",
+                     "models/text_encoders", "models/loras"):  # fmt: skip
             (self.base / name).mkdir(parents=True)
         (self.base / "custom_nodes" / "clip-finetune").symlink_to(PACK, target_is_directory=True)
+        shutil.copy(PACK / "tests" / "comfyui_probe.py", self.base / "custom_nodes")
         self.log = self.base / "server.log"
 
     def __enter__(self) -> Server:

@@ -1,10 +1,22 @@
 """Fixtures shared by all tests."""
 
+import os
 from pathlib import Path
 
 import pytest
+from comfyui_server import Server, find_browser, what_is_missing
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests marked soak run only when they are asked for."""
+    if "soak" in config.option.markexpr:
+        return
+    skip = pytest.mark.skip(reason="long; run with -m soak")
+    for item in items:
+        if "soak" in item.keywords:
+            item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +25,33 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("no real pictures beside the project (shared/data)")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def comfyui():
+    """A running ComfyUI with this pack, shared by all tests; each uses its own names."""
+    if (missing := what_is_missing()) is not None:
+        pytest.skip(missing)
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def browser_page(comfyui):
+    if find_browser() is None:
+        pytest.skip("no Chromium found (set CHROMIUM_PATH)")
+    with comfyui.page() as page:
+        yield page
+
+
+@pytest.fixture
+def screenshot(request, browser_page):
+    """Call it to keep a picture of the page under the test's name in $SCREENSHOTS, if that is set."""
+
+    def take(name: str = "") -> None:
+        if folder := os.environ.get("SCREENSHOTS"):
+            file = Path(folder) / f"{request.node.name}{name and '-' + name}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            browser_page.screenshot(path=file)
+
+    return take

@@ -212,3 +212,9 @@ def test_values_too_large_for_fp16_are_refused(model, tmp_path):
         save_full_clip(large, tmp_path / "m.safetensors", dtype="fp16")
     bf16 = save_full_clip(large, tmp_path / "m.safetensors", dtype="bf16")
     assert load_file(bf16)["ln_final.bias"].dtype == torch.bfloat16
+
+
+def test_a_file_may_be_read_by_whom_the_umask_allows(model, tmp_path):
+    (tmp_path / "plain").write_text("")
+    saved = save_full_clip(model, tmp_path / "model.safetensors")
+    assert saved.stat().st_mode == (tmp_path / "plain").stat().st_mode

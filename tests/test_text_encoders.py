@@ -89,6 +89,11 @@ def test_swapped_query_and_value_are_warned_of():
     assert "swapped" in merge_text_encoder(tensors, base).notes[-1]
 
 
+def test_a_tower_that_has_nothing_in_common_with_the_base_is_not_called_swapped():
+    tensors, _ = text_encoder_state_dict(random_clip(seed=2))
+    assert not any("swapped" in note for note in merge_text_encoder(tensors, random_clip(seed=1)).notes)
+
+
 def damaged(change):
     tensors, _ = text_encoder_state_dict(random_clip())
     change(tensors)

@@ -2,12 +2,20 @@
 // The values come with the node's schema. Loading a workflow sets widgets without their callbacks: nothing is overwritten.
 import { app } from "../../scripts/app.js";
 
+const presetsOf = new Map();
+
 app.registerExtension({
   name: "clip-finetune.presets",
+
+  beforeRegisterNodeDef(nodeType, nodeData) {
+    const presets = nodeData.input?.optional?.preset?.[1]?.clip_finetune_presets;
+    if (presets) presetsOf.set(nodeData.name, presets);
+  },
+
   nodeCreated(node) {
+    const presets = presetsOf.get(node.comfyClass);
     const preset = node.widgets?.find((widget) => widget.name === "preset");
-    const presets = preset?.options?.clip_finetune_presets;
-    if (!presets) return;
+    if (!presets || !preset) return;
     const before = preset.callback;
     preset.callback = function (value, ...rest) {
       const result = before?.call(this, value, ...rest);

@@ -114,9 +114,12 @@ def replacing(path: Path, size: int = 0):
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART_SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode
         yield beside
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
+        os.chmod(beside, mode)  # safetensors writes files that only their owner may read
         os.replace(beside, path)
         _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:

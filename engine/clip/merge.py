@@ -133,13 +133,14 @@ def _is_identity(projection: Tensor) -> bool:
 
 
 def _looks_swapped(tower: Mapping[str, Tensor], base: FullCLIP, layer: int) -> bool:
-    """True where the query is nearer to the base's key (or value), and that to the base's query."""
+    """True where the query is clearly nearer to the base's key (or value), and that to the base's query; towers that
+    have nothing in common are about as far either way."""
     name = f"transformer.resblocks.{layer}.attn.in_proj_weight"
     q, k, v = tower[name].float().chunk(3)
     base_q, base_k, base_v = base.state_dict[name].float().chunk(3)
 
     def crossed(one: Tensor, other: Tensor, base_one: Tensor, base_other: Tensor) -> bool:
         straight = (one - base_one).norm() + (other - base_other).norm()
-        return bool((one - base_other).norm() + (other - base_one).norm() < straight)
+        return bool((one - base_other).norm() + (other - base_one).norm() < 0.75 * straight)
 
     return crossed(q, k, base_q, base_k) or crossed(q, v, base_q, base_v)

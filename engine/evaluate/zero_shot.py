@@ -82,14 +82,15 @@ def zero_shot_of(
             if dataset.labels[index] is not None:
                 right[row, dataset.labels[index]] = True
     labelled = right.any(1)
-    ranks = ranks_of(pictures.features[labelled].double() @ classifier.double().T, right[labelled])
+    right = right[labelled]
+    ranks = ranks_of(pictures.features[labelled].double() @ classifier.double().T, right)
     top1, per_class = (ranks <= 1).double(), {}
     for number, name in enumerate(dataset.class_names):
-        members = right[labelled][:, number]
+        members = right[:, number]
         if members.any():
             per_class[name] = top1[members].mean().item()
     return ZeroShotResult(
-        images=int(labelled.sum()),
+        images=len(right),
         top1=top1.mean().item(),
         top5=(ranks <= 5).double().mean().item(),
         mean_per_class=sum(per_class.values()) / len(per_class),
