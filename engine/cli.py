@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from .errors import UserError
+from .report.tables import time_words
 from .train.config import DEFAULT_PRESET, GMP_PRESETS, PRESETS, TrainConfig
 
 STOPPED = 130  # what a shell reports of a command ended by Ctrl-C
@@ -136,15 +137,11 @@ def _train(arguments: argparse.Namespace) -> int:
     elif arguments.validation_split:
         train_set, validation = split_dataset(train_set, arguments.validation_split, config.seed)
     with _stop_between_steps() as check_cancelled, _Meter() as meter:
-        try:
-            result = train(
-                model, train_set, validation, config, run_folder=arguments.out, device=arguments.device,
-                on_existing="resume" if arguments.resume else "auto", origins=origins, on_note=meter.say,
-                on_progress=meter.show, check_cancelled=check_cancelled,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            meter.say("Stopped; the state is saved, and the same command goes on from it.")
-            raise
+        result = train(
+            model, train_set, validation, config, run_folder=arguments.out, device=arguments.device,
+            on_existing="resume" if arguments.resume else "auto", origins=origins, on_note=meter.say,
+            on_progress=meter.show, check_cancelled=check_cancelled,
+        )  # fmt: skip
     best = result.run_folder / "best.safetensors"
     where = f", of step {result.best_step} of {result.total_steps}"
     _say(f"The model{where}, is in {best}; the loss chart is {result.run_folder / 'chart.png'}.")
@@ -194,6 +191,7 @@ class _Meter:
         line = f"step {progress.step}/{progress.total_steps}"
         if progress.steps:
             line += f"  loss {progress.steps[-1]['loss']:.4f}  {progress.steps[-1]['pairs_per_second']:.1f} pairs/s"
+            line += f"  {time_words(progress.seconds_left)} left"
         if progress.validations:
             last = progress.validations[-1]
             right = (last["image_to_text_r1"] + last["text_to_image_r1"]) / 2

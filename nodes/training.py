@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 from comfy_api.latest import io, ui
 
 from ..engine.report.charts import loss_chart
+from ..engine.report.tables import time_words
 from ..engine.train.config import DEFAULT_PRESET, GMP_PRESETS, PRESETS, Preset, TrainConfig
 from ..engine.train.run_folder import ON_EXISTING
 from ..engine.train.trainer import Progress, train
@@ -88,8 +89,10 @@ def _train(cls, presets, gmp, full_clip, train_set, validation, run_name, preset
         )  # fmt: skip
         if progress.steps:
             last = progress.steps[-1]
-            display.status(f"step {progress.step}/{progress.total_steps}, loss {last['loss']:.3f}, "
-                           f"{last['pairs_per_second']:.1f} pairs/s")  # fmt: skip
+            display.status(
+                f"step {progress.step}/{progress.total_steps}, loss {last['loss']:.3f}, "
+                f"{last['pairs_per_second']:.1f} pairs/s, {time_words(progress.seconds_left)} left"
+            )
 
     with host.whole_device():
         result = train(

@@ -3,10 +3,11 @@
 import json
 import shutil
 import threading
+import time
 
 import pytest
 import torch
-from clips import CLIP_L, random_clip
+from clips import CLIP_L, VIT_L_14, random_clip
 from pictures import class_folder, labels_folder
 from safetensors.torch import load_file, save_file
 
@@ -320,6 +321,42 @@ def test_a_lora_on_the_clip_is_merged_into_the_full_clip(comfyui):
     assert (merged[name].double() - base.state_dict[name].double()).abs().max() > 0.01
     for name in ("text_projection", "logit_scale", "visual.conv1.weight"):
         assert torch.equal(merged[name], plain[name].float())
+
+
+@pytest.mark.soak
+def test_a_vit_l_14_goes_through_the_whole_graph(comfyui):
+    """Of random weights: trained, cancelled, gone on, folded, exported, and opened by ComfyUI's own loader."""
+    save_full_clip(random_clip(VIT_L_14, dtype=torch.float16), comfyui.base / "models/full_clip/vit_l_14.safetensors")
+    prompt = training("large", model="vit_l_14.safetensors", gmp=True, epochs=6, learning_rate=1e-5)
+    prompt["2"]["inputs"]["folder"] = "few"
+    labels_folder(comfyui.base / "datasets/few", 6, size=224)
+    prompt["3"]["inputs"] |= {"batch_size": 4, "micro_batch": 2}
+    prompt["4"] = node("FoldGmP", full_clip=["3", 0])
+    prompt["5"] = node("ExportClipL", full_clip=["4", 0], filename_prefix="clip/large")
+    prompt |= encoded(comfyui, ["5", 0], "large_socket")
+
+    def cancel(message):
+        if message["type"] == "progress_state" and message["data"]["nodes"].get("3", {}).get("value", 0) >= 2:
+            comfyui.interrupt()
+
+    began = time.monotonic()
+    assert comfyui.queue(prompt, on_message=cancel, timeout=1800)["status"] == "interrupted"
+    done = metrics(comfyui, "large")
+    print(f"cancelled after step {done[-1]['step']}, {time.monotonic() - began:.0f} s after it was queued")
+    assert done[-1]["step"] in (2, 3)
+    result = succeed(comfyui, prompt, timeout=1800)
+    assert f"goes on from step {done[-1]['step']} of 6" in result["texts"]["3"]
+    assert [line["step"] for line in metrics(comfyui, "large")] == list(range(1, 7))
+    loaded = {
+        "1": node("CLIPLoader", clip_name="large_00001_.safetensors", type="stable_diffusion"),
+        **encoded(comfyui, ["1", 0], "large_loaded"),
+    }
+    succeed(comfyui, loaded)
+    socket, file = conditioning(comfyui, "large_socket"), conditioning(comfyui, "large_loaded")
+    expected = _by_transformers(comfyui.base / "output/clip/large_00001_.safetensors")
+    print(f"largest difference to transformers: {(file['hidden'] - expected).abs().max():.2e}")
+    assert torch.equal(socket["hidden"], file["hidden"])
+    torch.testing.assert_close(file["hidden"], expected, rtol=1e-4, atol=1e-4)
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from clip_finetune.engine.evaluate import features
 from clip_finetune.engine.evaluate.retrieval import contrastive_loss, retrieval_metrics
 from clip_finetune.engine.evaluate.zero_shot import ranks_of
 from clip_finetune.engine.report.charts import against_baseline, bar_chart, loss_chart
-from clip_finetune.engine.report.tables import table
+from clip_finetune.engine.report.tables import table, time_words
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +144,13 @@ def test_custom_templates_are_used_and_checked(model, tmp_path):
             eval_zero_shot(model, data, templates="custom", custom_templates=lines)
 
 
+def test_an_empty_validation_part_is_told(model, tmp_path):
+    for folder, evaluate in ((labels_folder, eval_retrieval), (class_folder, eval_zero_shot)):
+        data = load_dataset(folder(tmp_path / folder.__name__)).subset([])
+        with pytest.raises(UserError, match="set validation_split above 0"):
+            evaluate(model, data)
+
+
 def test_one_class_is_refused(model, tmp_path):
     shutil.copytree(class_folder(tmp_path / "classes") / "red", tmp_path / "one/red")
     with pytest.raises(UserError, match="a single class"):
@@ -184,6 +191,12 @@ def test_a_sentence_tells_better_from_worse():
     assert against_baseline("Accuracy", 0.5, 0.4) == "Accuracy: 50.0%, 10.0 points better than the baseline"
     assert against_baseline("Accuracy", 0.3, 0.4) == "Accuracy: 30.0%, 10.0 points worse than the baseline"
     assert against_baseline("Accuracy", 0.4, 0.4) == "Accuracy: 40.0%, as before"
+
+
+def test_times_are_told_as_one_says_them():
+    assert [time_words(seconds) for seconds in (None, 0.4, 89, 91, 3599, 3600, 12_000)] == [
+        "?", "0 s", "89 s", "2 min", "1 h 0 min", "1 h 0 min", "3 h 20 min",
+    ]  # fmt: skip
 
 
 def test_a_table_is_aligned():

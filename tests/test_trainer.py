@@ -1,5 +1,6 @@
 """Runs: what they learn, what they keep, and what comes of stopping them."""
 
+import functools
 import json
 import math
 
@@ -197,6 +198,39 @@ def test_a_folder_of_other_files_is_left_alone(model, data, tmp_path):
     with pytest.raises(UserError, match="nothing was deleted"):
         run(model, data, tmp_path / "run", on_existing="restart")
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["diary.txt"]
+
+
+def test_a_stopped_run_says_that_its_state_is_saved(model, data, tmp_path):
+    told = []
+    with pytest.raises(Stop):
+        train(
+            model, data, None, TrainConfig(**QUICK), run_folder=tmp_path / "run", device="cpu", on_note=told.append,
+            on_progress=stop_after(2),
+        )  # fmt: skip
+    assert told[-1] == "Stopped; the state of step 2 is saved, and the same run goes on from it."
+
+
+@pytest.mark.parametrize("gmp", [False, True])
+def test_the_gradients_of_a_run_do_not_depend_on_its_micro_batch(model, data, tmp_path, monkeypatch, gmp):
+    """In float64, on the path of a training: from the pictures' files to the gradients that the optimizer gets."""
+    from clip_finetune.engine.train import trainer
+
+    monkeypatch.setattr(trainer, "build_network", functools.partial(trainer.build_network, dtype=torch.float64))
+    clip = torch.nn.utils.clip_grad_norm_
+    seen = {}
+
+    def gradients(micro_batch):
+        def kept(parameters, limit):
+            seen.setdefault(micro_batch, [parameter.grad.clone() for parameter in parameters])
+            return clip(parameters, limit)
+
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", kept)
+        run(model, data, tmp_path / f"run_{micro_batch}", batch_size=12, micro_batch=micro_batch, epochs=1, gmp=gmp)
+        return seen[micro_batch]
+
+    for one, other in zip(gradients(1), gradients(12), strict=True):
+        assert one.dtype == torch.float64
+        assert (one - other).norm() <= 1e-10 * other.norm()
 
 
 # ---- what comes out --------------------------------------------------------------------------------------------------

@@ -82,6 +82,15 @@ class Pictures:
     notes: tuple[str, ...]
 
 
+def require_pictures(dataset: ClipDataset) -> None:
+    """Raise `UserError` for an empty data set, such as the validation part of a split of 0."""
+    if not len(dataset):
+        raise UserError(
+            f"There is no picture of {dataset.name} to measure on; set validation_split above 0, or measure on another "
+            "data set."
+        )
+
+
 def encode_pictures(encoder: Encoder, dataset: ClipDataset) -> Pictures:
     """Encode each distinct picture once; files of the same bytes are one picture.
 

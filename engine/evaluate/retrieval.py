@@ -13,7 +13,7 @@ from torch import Tensor
 from ..clip.full_clip import FullCLIP
 from ..data.dataset import ClipDataset
 from ..errors import UserError
-from .features import Encoder, encode_pictures
+from .features import Encoder, encode_pictures, require_pictures
 
 KS = (1, 5, 10)
 _CHUNK = 1024  # rows of the similarity matrix that are in memory at once
@@ -55,6 +55,7 @@ def eval_retrieval(
     check_cancelled: Callable[[], None] = lambda: None,
 ) -> RetrievalResult:
     """Retrieval over a captioned data set; raises `UserError` for one without captions."""
+    require_pictures(dataset)
     if not dataset.has_captions:
         raise UserError(
             f"{dataset.name} has class folders but no captions, so retrieval cannot be measured on it; measure "

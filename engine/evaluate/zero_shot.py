@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..clip.full_clip import FullCLIP
 from ..data.dataset import ClipDataset
 from ..errors import UserError
-from .features import Encoder, Pictures, encode_pictures
+from .features import Encoder, Pictures, encode_pictures, require_pictures
 
 TEMPLATES = ("openai-80", "simple", "none", "custom")
 
@@ -51,6 +51,7 @@ def eval_zero_shot(
 
 
 def require_classes(dataset: ClipDataset) -> None:
+    require_pictures(dataset)
     if len(dataset.class_names) < 2:
         found = "no classes" if not dataset.class_names else "a single class"
         raise UserError(

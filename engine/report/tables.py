@@ -1,4 +1,4 @@
-"""Rows of words as an aligned table in plain text."""
+"""Rows of words as an aligned table in plain text, and how long something takes."""
 
 from __future__ import annotations
 
@@ -22,3 +22,13 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
         return "  ".join(aligned).rstrip()
 
     return "\n".join([line(headings), "  ".join("-" * width for width in widths), *(line(row) for row in cells[1:])])
+
+
+def time_words(seconds: float | None) -> str:
+    """A duration as a reader says it: 40 s, 12 min, 3 h 20 min."""
+    if seconds is None:
+        return "?"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -42,8 +42,17 @@ class Progress:
 
     step: int
     total_steps: int
+    batch_size: int
     steps: list[dict[str, Any]]
     validations: list[dict[str, Any]]
+
+    @property
+    def seconds_left(self) -> float | None:
+        """How long the steps that are left take at the pace of the last ten; None before the first."""
+        speeds = [line["pairs_per_second"] for line in self.steps[-10:]]
+        if not speeds or min(speeds) <= 0:
+            return None
+        return (self.total_steps - self.step) * self.batch_size * sum(1 / speed for speed in speeds) / len(speeds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,6 +243,10 @@ class _Training:
                 self._save()
                 if self.validation is None:
                     self._write_best()
+            if self.saved_step:
+                self.notes.append(
+                    f"Stopped; the state of step {self.saved_step} is saved, and the same run goes on from it."
+                )
             raise
         finally:
             self.loader.close()
@@ -314,7 +327,7 @@ class _Training:
         }
 
     def _encode_images(self, images_u8: torch.Tensor) -> torch.Tensor:
-        images = normalize(images_u8.to(self.device, non_blocking=True))
+        images = normalize(images_u8.to(self.device, non_blocking=True), self.network.logit_scale.dtype)
         with autocast(self.precision if self.trains_vision else self.frozen_precision, self.device):
             return self.network.encode_image(images)
 
@@ -370,7 +383,7 @@ class _Training:
         self._tell()
 
     def _tell(self) -> None:
-        self.on_progress(Progress(self.step, self.total_steps, self.steps, self.validations))
+        self.on_progress(Progress(self.step, self.total_steps, self.batch_size, self.steps, self.validations))
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
