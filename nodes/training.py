@@ -35,9 +35,11 @@ def _setting(field: dataclasses.Field, kind: type):
     return io.Float.Input(field.name, **bounds, **common)
 
 
-def _settings():
+def _settings(*, advanced: bool):
+    """Widgets in the order of TrainConfig; a new advanced field goes last there, so that it is appended here."""
     kinds = get_type_hints(TrainConfig)
-    return [_setting(field, kinds[field.name]) for field in dataclasses.fields(TrainConfig) if field.metadata["node"]]
+    chosen = [field for field in dataclasses.fields(TrainConfig) if field.metadata["node"]]
+    return [_setting(field, kinds[field.name]) for field in chosen if field.metadata["advanced"] == advanced]
 
 
 def _schema(node_id: str, display_name: str, description: str, presets: Mapping[str, Preset]):
@@ -60,9 +62,10 @@ def _schema(node_id: str, display_name: str, description: str, presets: Mapping[
                 extra_dict={"clip_finetune_presets": carried},
                 tooltip=f"Choosing one writes its values into the widgets below.\n{words}",
             ),
-            *_settings(),
+            *_settings(advanced=False),
             io.Combo.Input("if_run_exists", options=list(ON_EXISTING), default="auto", optional=True, advanced=True,
                            tooltip=_IF_EXISTS),
+            *_settings(advanced=True),
         ],
         outputs=[
             FullClip.Output(display_name="full_clip"),

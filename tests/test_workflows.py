@@ -25,12 +25,12 @@ def files(comfyui):
     save_full_clip(random_clip(CLIP_L), models / "full_clip/clip_l.safetensors")
     save_file(text_encoder_state_dict(random_clip(CLIP_L, seed=7), dtype="fp16")[0],
               models / "text_encoders/l.safetensors")  # fmt: skip
-    _write_clip_g(models / "text_encoders/g.safetensors")
+    write_clip_g(models / "text_encoders/g.safetensors")
     labels_folder(comfyui.base / "datasets/my_pictures", 20)
     class_folder(comfyui.base / "datasets/my_classes")
 
 
-def _write_clip_g(file: Path) -> None:
+def write_clip_g(file: Path) -> None:
     """A CLIP-G of zeros: a header, and a hole in place of 1.4 GB."""
     shapes = {"text_model.embeddings.token_embedding.weight": (49408, 1280),
               "text_model.embeddings.position_embedding.weight": (77, 1280),
@@ -111,7 +111,7 @@ def test_the_templates_are_listed_with_their_pictures(comfyui):
             assert status == 200 and content == file.with_suffix("." + suffix).read_bytes()
 
 
-def _with_dual_clip_loader(workflow):
+def with_dual_clip_loader(workflow):
     """A checkpoint's CLIP from two files instead: the rest of an SDXL checkpoint is of no use here."""
     for node in workflow["nodes"]:
         if node["type"] == "CheckpointLoaderSimple":
@@ -127,7 +127,7 @@ def _with_dual_clip_loader(workflow):
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
 def test_a_workflow_runs_from_the_page(comfyui, browser_page, screenshot, file):
-    workflow = _with_dual_clip_loader(json.loads(file.read_text(encoding="utf-8")))
+    workflow = with_dual_clip_loader(json.loads(file.read_text(encoding="utf-8")))
     load_graph(browser_page, workflow)
     train = next(node["type"] for node in workflow["nodes"] if node["type"].startswith("TrainCLIP"))
     set_widgets(browser_page, "LoadFullCLIP", model="clip_l.safetensors")
