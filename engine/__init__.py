@@ -12,9 +12,10 @@ from .evaluate.retrieval import eval_retrieval
 from .evaluate.typographic import eval_typographic
 from .evaluate.zero_shot import eval_zero_shot
 from .train.config import TrainConfig
+from .train.results import TrainResult
 
 # Last, and eagerly: importing the package `train` binds its name here, and this line rebinds it to the function.
-from .train.trainer import TrainResult, train
+from .train.trainer import train
 
 __all__ = [
     "ClipDataset",

@@ -25,7 +25,8 @@ from .evaluate.zero_shot import eval_zero_shot
 from .report.charts import bar_chart
 from .report.tables import table
 from .train.config import TrainConfig
-from .train.trainer import Progress, train
+from .train.results import Progress
+from .train.trainer import train
 
 SMALL_CLIP = Architecture(
     embed_dim=128, image_size=PICTURE_SIZE, patch_size=8,
@@ -133,12 +134,15 @@ def _train(
     model: FullCLIP, data: ClipDataset, config: TrainConfig, folder: Path, say: Callable[[str], None]
 ) -> FullCLIP:
     def show(progress: Progress) -> None:
-        last = progress.steps[-1]
-        if progress.step % max(1, progress.total_steps // 4) == 0:
-            say(f"  step {progress.step}/{progress.total_steps}  loss {last['loss']:.2f}")
+        if progress.steps and progress.step % max(1, progress.total_steps // 4) == 0:
+            last = progress.steps[-1]
+            say(f"  step {last['step']}/{progress.total_steps}  loss {last['loss']:.2f}")
+
+    def tell(note: str) -> None:
+        if "\n" not in note:  # tables are in the run folder too
+            say(f"  {note}")
 
     result = train(
-        model, data, None, config, run_folder=folder, device=DEVICE, on_note=lambda note: say(f"  {note}"),
-        on_progress=show,
+        model, data, None, config, run_folder=folder, device=DEVICE, on_note=tell, on_progress=show,
     )  # fmt: skip
     return result.full_clip

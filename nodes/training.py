@@ -11,8 +11,9 @@ from comfy_api.latest import io, ui
 from ..engine.report.charts import loss_chart
 from ..engine.report.tables import time_words
 from ..engine.train.config import DEFAULT_PRESET, GMP_PRESETS, PRESETS, Preset, TrainConfig
+from ..engine.train.results import Progress
 from ..engine.train.run_folder import ON_EXISTING
-from ..engine.train.trainer import Progress, train
+from ..engine.train.trainer import train
 from . import host
 from .sockets import CATEGORY, Dataset, FullClip
 

@@ -176,7 +176,7 @@ def test_more_epochs_continue_the_same_run_and_say_so(model, data, tmp_path):
     assert any("15 steps instead of 9" in note for note in longer.notes)
     steps = lines(tmp_path / "run")
     assert [line["step"] for line in steps] == list(range(1, 16))
-    assert steps[9]["learning_rate"]["text"] > steps[8]["learning_rate"]["text"]
+    assert steps[9]["learning_rate"]["text.mlp"] > steps[8]["learning_rate"]["text.mlp"]
 
 
 def test_the_explicit_choices(model, data, tmp_path):
@@ -216,15 +216,15 @@ def test_the_gradients_of_a_run_do_not_depend_on_its_micro_batch(model, data, tm
     from clip_finetune.engine.train import trainer
 
     monkeypatch.setattr(trainer, "build_network", functools.partial(trainer.build_network, dtype=torch.float64))
-    clip = torch.nn.utils.clip_grad_norm_
+    measure = trainer.GradientMeter.measure
     seen = {}
 
     def gradients(micro_batch):
-        def kept(parameters, limit):
-            seen.setdefault(micro_batch, [parameter.grad.clone() for parameter in parameters])
-            return clip(parameters, limit)
+        def kept(meter):
+            seen.setdefault(micro_batch, [parameter.grad.clone() for parameter, _ in meter.members])
+            return measure(meter)
 
-        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", kept)
+        monkeypatch.setattr(trainer.GradientMeter, "measure", kept)
         run(model, data, tmp_path / f"run_{micro_batch}", batch_size=12, micro_batch=micro_batch, epochs=1, gmp=gmp)
         return seen[micro_batch]
 
@@ -346,11 +346,11 @@ def test_a_loss_that_becomes_infinite_names_the_step(model, data, tmp_path, monk
     calls = []
 
     class Breaks(losses.InfoNCE):
-        def __call__(self, *arguments):
+        def forward(self, *arguments):
             calls.append(1)
-            return super().__call__(*arguments) * (math.inf if len(calls) == 6 else 1)
+            return super().forward(*arguments) * (math.inf if len(calls) == 6 else 1)
 
-    monkeypatch.setitem(losses.LOSSES, "infonce", Breaks)
+    monkeypatch.setitem(losses.LOSSES, "infonce", losses.LossChoice(lambda *settings: Breaks(), ""))
     with pytest.raises(UserError, match="stopped at step 6 because the loss became inf"):
         run(model, data, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "last.json").read_text())["step"] == 5

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from clips import random_clip
+from clips import TINY, random_clip
 
 from clip_finetune.engine import UserError, build_network, to_gmp
 from clip_finetune.engine.train.config import DEFAULT_PRESET, GMP_PRESETS, PRESETS, TrainConfig
@@ -124,11 +124,15 @@ def test_the_rate_starts_lower_and_ends_at_one_percent(total):
 # ---- optimizer groups ------------------------------------------------------------------------------------------------
 
 
+def trainable(network):
+    return [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+
+
 @pytest.mark.parametrize("gmp", [False, True])
 def test_every_trainable_parameter_is_in_exactly_one_group(gmp):
     network = build_network(to_gmp(random_clip()) if gmp else random_clip())
     network.visual.ln_post.requires_grad_(False)
-    groups = parameter_groups(network, 0.1)
+    groups = parameter_groups(trainable(network), TINY, TrainConfig())
     found = [id(parameter) for group in groups for parameter in group["params"]]
     wanted = [id(parameter) for parameter in network.parameters() if parameter.requires_grad]
     assert sorted(found) == sorted(wanted)
@@ -136,7 +140,12 @@ def test_every_trainable_parameter_is_in_exactly_one_group(gmp):
 
 def test_weight_decay_skips_embeddings_norms_biases_gmp_and_logit_scale():
     network = build_network(to_gmp(random_clip()))
-    decayed = {name for group in parameter_groups(network, 0.1) if group["weight_decay"] for name in group["names"]}
+    decayed = {
+        name
+        for group in parameter_groups(trainable(network), TINY, TrainConfig())
+        if group["weight_decay"]
+        for name in group["names"]
+    }
     for name, parameter in network.named_parameters():
         skipped = parameter.ndim < 2 or "embedding" in name or name.endswith((".r", ".theta"))
         assert (name in decayed) != skipped, name
@@ -149,9 +158,9 @@ def test_decay_is_decoupled(optimizer):
     network = build_network(random_clip())
     before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     config = TrainConfig(optimizer=optimizer, learning_rate=0.1, weight_decay=0.5)
-    built = build_optimizer(config, parameter_groups(network, config.weight_decay))
-    rates = set_learning_rates(built, config, 0.5)
-    assert set(rates.values()) == {0.05} and {"text", "vision", "logit_scale"} <= set(rates)
+    built = build_optimizer(config, parameter_groups(trainable(network), TINY, config))
+    rates = set_learning_rates(built, 0.1, 0.5)
+    assert set(rates.values()) == {0.05} and {"text.attention", "vision.mlp", "logit_scale"} <= set(rates)
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     built.step()

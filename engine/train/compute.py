@@ -47,3 +47,12 @@ def choose_micro_batch(
     per_pair = values * kept * (4 if precision == "fp32" else 2)
     free = torch.cuda.mem_get_info(device)[0] * 0.8 if device.type == "cuda" else _CPU_BUDGET
     return max(1, min(batch_size, int(free / per_pair)))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that the device or the machine has no memory left."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # torch has no class of its own for the CPU.
+    words = str(error).lower()
+    return isinstance(error, RuntimeError) and ("allocate memory" in words or "not enough memory" in words)

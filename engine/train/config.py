@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 from ..errors import UserError
+from .losses import LOSSES
+from .neurons import EXAMPLE
+from .schedules import SCHEDULES
 
 
 def _option(
@@ -30,7 +33,7 @@ class TrainConfig:
         min=1, max=10_000, advanced=False,
     )  # fmt: skip
     learning_rate: float = _option(
-        1e-6, "The highest learning rate of the one-cycle schedule. Higher learns faster and forgets more.",
+        1e-6, "The highest learning rate of the schedule. Higher learns faster and forgets more.",
         min=1e-10, max=1.0, step=1e-7, advanced=False,
     )  # fmt: skip
     batch_size: int = _option(
@@ -56,7 +59,10 @@ class TrainConfig:
         "auto", "Number format of the computation; weights are kept in fp32. auto: bf16 where it is fast, else fp32.",
         choices=("auto", "fp32", "bf16", "fp16"),
     )  # fmt: skip
-    loss: str = _option("infonce", "The loss: InfoNCE is CLIP's own.", choices=("infonce",))
+    loss: str = _option(
+        "infonce", "What the training makes small. "
+        + "; ".join(f"{name}: {loss.words}" for name, loss in LOSSES.items()) + ".", choices=tuple(LOSSES),
+    )  # fmt: skip
     optimizer: str = _option("adabelief", "The optimizer.", choices=("adabelief", "adamw"))
     weight_decay: float = _option(
         0.01, "Pulls the weights of linear layers towards zero, in proportion to the learning rate.",
@@ -89,6 +95,50 @@ class TrainConfig:
     keep_states: int = _option(
         1, "How many of the newest saved states stay on the disk.", min=1, max=1000, bookkeeping=True
     )
+    # New settings go last: workflows store widgets by their place.
+    schedule: str = _option(
+        "one_cycle", "How the learning rate falls after the warm-up: as half a cosine, in a straight line, or not at "
+        "all. one_cycle is a cosine with a cosine's warm-up.", choices=tuple(SCHEDULES),
+    )  # fmt: skip
+    floor: float = _option(
+        0.01, "The learning rate of the last step as a share of the highest; constant has none.",
+        min=0.0, max=1.0, step=0.01,
+    )  # fmt: skip
+    rate_factors: str = _option(
+        "", "Makes groups learn slower or faster than others, such as vision=0.5, text.embeddings=0.1. The fastest "
+        "group has learning_rate.",
+    )  # fmt: skip
+    layer_decay: float = _option(
+        1.0, "Below 1, each layer learns slower than the one above it by this factor, such as 0.8.",
+        min=0.05, max=1.0, step=0.05,
+    )  # fmt: skip
+    freeze_embeddings: bool = _option(
+        False, "Leave what comes before the first block as it is: tokens, positions and patches."
+    )
+    freeze_text_blocks: int = _option(0, "Leave so many of the text tower's first blocks as they are.", min=0, max=1000)
+    freeze_vision_blocks: int = _option(
+        0, "Leave so many of the vision tower's first blocks as they are.", min=0, max=1000
+    )
+    unfreeze_stages: int = _option(
+        1, "Above 1: begin with the top blocks alone and unfreeze the others from the top down, in so many equal "
+        "stages.",
+        min=1, max=1000,
+    )  # fmt: skip
+    temperature: float = _option(
+        0.07, "For the losses with a fixed temperature; smaller is stricter. The others learn their own (logit_scale).",
+        min=0.001, max=10.0, step=0.01,
+    )  # fmt: skip
+    label_smoothing: float = _option(
+        0.1, "For fixed_temperature and entropy_penalty: the share of the target that goes to all captions alike.",
+        min=0.0, max=0.99, step=0.01,
+    )  # fmt: skip
+    scale_neurons: str = _option(
+        "", "An experiment: makes units of the vision tower's MLPs louder while training, as block:unit=factor, such "
+        f"as {EXAMPLE}. Validation and the saved model are without it.",
+    )  # fmt: skip
+    profile: bool = _option(
+        False, "Measure where the time of a step goes, and tell it at the end.", bookkeeping=True
+    )  # fmt: skip
 
     def __post_init__(self):
         for field, kind in _fields_with_types(type(self)):
@@ -156,23 +206,30 @@ def _preset(description: str, **values) -> Preset:
 
 DEFAULT_PRESET = "balanced"
 # The first values are TrainConfig's own defaults.
+_OWN = "infonce"
 PRESETS: Mapping[str, Preset] = types.MappingProxyType({
     DEFAULT_PRESET: _preset("Learns a style or subject and keeps most of what the model knew.",
-                            epochs=10, learning_rate=1e-6, batch_size=32, towers="both"),
+                            epochs=10, learning_rate=1e-6, batch_size=32, towers="both", loss=_OWN),
     "gentle": _preset("Small changes; for a model that must stay close to the original.",
-                      epochs=5, learning_rate=3e-7, batch_size=32, towers="both"),
+                      epochs=5, learning_rate=3e-7, batch_size=32, towers="both", loss=_OWN),
     "strong": _preset("Large changes; for many pictures (thousands), or a style far from photographs.",
-                      epochs=20, learning_rate=5e-6, batch_size=64, towers="both"),
+                      epochs=20, learning_rate=5e-6, batch_size=64, towers="both", loss=_OWN),
     "text encoder only": _preset("Trains only what SD and SDXL use; needs less memory and time.",
-                                 epochs=10, learning_rate=2e-6, batch_size=32, towers="text"),
+                                 epochs=10, learning_rate=2e-6, batch_size=32, towers="text", loss=_OWN),
+    "fixed temperature": _preset("The recipe of popular text encoders: temperature 0.07 and label smoothing 0.1, which "
+                                 "keep similar captions near each other.",
+                                 epochs=10, learning_rate=1e-6, batch_size=64, towers="both", loss="fixed_temperature"),
 })  # fmt: skip
 GMP_PRESETS: Mapping[str, Preset] = types.MappingProxyType({
     DEFAULT_PRESET: _preset("Learns a style or subject and keeps most of what the model knew.",
-                            epochs=10, learning_rate=1e-6, batch_size=32, towers="both"),
+                            epochs=10, learning_rate=1e-6, batch_size=32, towers="both", loss=_OWN),
     "gentle": _preset("Small changes; for a model that must stay close to the original.",
-                      epochs=5, learning_rate=3e-7, batch_size=32, towers="both"),
+                      epochs=5, learning_rate=3e-7, batch_size=32, towers="both", loss=_OWN),
     "strong": _preset("Large changes; for many pictures (thousands), or a style far from photographs.",
-                      epochs=20, learning_rate=3e-6, batch_size=64, towers="both"),
+                      epochs=20, learning_rate=3e-6, batch_size=64, towers="both", loss=_OWN),
     "text encoder only": _preset("Trains only what SD and SDXL use; needs less memory and time.",
-                                 epochs=10, learning_rate=2e-6, batch_size=32, towers="text"),
+                                 epochs=10, learning_rate=2e-6, batch_size=32, towers="text", loss=_OWN),
+    "fixed temperature": _preset("The recipe of popular text encoders: temperature 0.07 and label smoothing 0.1, which "
+                                 "keep similar captions near each other.",
+                                 epochs=10, learning_rate=1e-6, batch_size=64, towers="both", loss="fixed_temperature"),
 })  # fmt: skip

@@ -7,6 +7,7 @@ the loss reads, `logit_scale` included: a large batch brings real negatives, whi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -22,6 +23,19 @@ class Side:
     inputs: Tensor
     trains: bool
 
+    def features(self, micro_batch: int, check_cancelled: Callable[[], None] = lambda: None) -> Tensor:
+        """Features [b, d] of all inputs, without a graph."""
+        parts = []
+        for inputs in self.inputs.split(micro_batch):
+            check_cancelled()
+            with torch.no_grad():
+                parts.append(self.encode(inputs))
+        return torch.cat(parts)
+
+    def features_with_graph(self, inputs: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.trains):
+            return self.encode(inputs)
+
 
 def batch_gradients(
     sides: tuple[Side, Side],
@@ -30,37 +44,35 @@ def batch_gradients(
     micro_batch: int,
     loss_factor: Tensor | float = 1.0,
     check_cancelled: Callable[[], None] = lambda: None,
+    timed: Callable[[str], contextlib.AbstractContextManager] = lambda part: contextlib.nullcontext(),
 ) -> Tensor:
     """Add the gradient of `loss_factor` · loss to every parameter's `.grad`; returns the loss (detached, no factor).
 
     `loss` takes the features [b, d] of both sides. A batch of at most `micro_batch` goes through at once. The
     forward must be a function of its inputs alone (CLIP has no dropout). `check_cancelled` may raise between
-    micro-batches.
+    micro-batches; `timed` measures "forward", "loss" and "backward".
     """
     if len(sides[0].inputs) <= micro_batch:
-        features = [_encode(side, side.inputs, side.trains) for side in sides]
-        value = loss(*features)
-        (value * loss_factor).backward()
+        with timed("forward"):
+            features = [side.features_with_graph(side.inputs) for side in sides]
+        with timed("loss"):
+            value = loss(*features)
+        with timed("backward"):
+            (value * loss_factor).backward()
         return value.detach()
 
-    cached = []
-    for side in sides:
-        parts = []
-        for inputs in side.inputs.split(micro_batch):
-            check_cancelled()
-            parts.append(_encode(side, inputs, grad=False))
-        cached.append(torch.cat(parts).requires_grad_(side.trains))
-    value = loss(*cached)
-    (value * loss_factor).backward()
+    with timed("forward"):
+        cached = [side.features(micro_batch, check_cancelled).requires_grad_(side.trains) for side in sides]
+    with timed("loss"):
+        value = loss(*cached)
+        (value * loss_factor).backward()
     for side, features in zip(sides, cached, strict=True):
         if not side.trains:
             continue
         for inputs, grad in zip(side.inputs.split(micro_batch), features.grad.split(micro_batch), strict=True):
             check_cancelled()
-            _encode(side, inputs, grad=True).backward(grad)
+            with timed("forward"):
+                again = side.features_with_graph(inputs)
+            with timed("backward"):
+                again.backward(grad)
     return value.detach()
-
-
-def _encode(side: Side, inputs: Tensor, grad: bool) -> Tensor:
-    with torch.set_grad_enabled(grad):
-        return side.encode(inputs)

@@ -1,64 +1,135 @@
-"""Parameter groups and optimizers."""
+"""Parameter groups, their rates, and the optimizers.
+
+An optimizer here leaves everything as it is when its attribute `found_inf` (a tensor of one value, as torch's gradient
+scaler sets it) is not 0: a step that is not finite is undone on the device, without the host asking.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from ..clip.architecture import Architecture
+from ..errors import UserError
 from .config import TrainConfig
+from .parts import KINDS, SCALARS, Part, layers_of, part_of
 
-_EMBEDDINGS = ("token_embedding.weight", "positional_embedding", "class_embedding")
+# ---- groups ----------------------------------------------------------------------------------------------------------
 
 
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
-    """Every parameter that trains, in exactly one group.
+@dataclasses.dataclass(frozen=True)
+class RateFactors:
+    """What the user says of the rates of groups, such as "vision=0.5, embeddings=0.1, text.theta=2"."""
 
-    Groups are text and vision, each with and without weight decay, and `logit_scale`. Decay acts on the matrices of
-    attention, MLP, projections and patch embedding; not on embeddings, norms, biases, `r`, `theta` and `logit_scale`.
+    factors: Mapping[str, float]
+
+    @classmethod
+    def parse(cls, text: str) -> RateFactors:
+        groups = {f"{tower}.{kind}" for tower in ("text", "vision") for kind in KINDS}
+        known = {*KINDS, *SCALARS, "text", "vision", *groups}
+        factors = {}
+        for entry in filter(None, (entry.strip() for entry in text.split(","))):
+            name, _, value = (word.strip() for word in entry.partition("="))
+            try:
+                factor = float(value)
+            except ValueError:
+                factor = 0.0
+            if name not in known or not 0 < factor < 1e6:
+                raise UserError(
+                    f"rate_factors has the entry {entry!r}; write for example vision=0.5, text.embeddings=0.1, with "
+                    f"numbers above 0 and names from: text, vision, {', '.join((*KINDS, *SCALARS))}."
+                )
+            factors[name] = factor
+        return cls(factors)
+
+    def of(self, part: Part) -> float:
+        """The product of what is said of the part's tower, kind and group."""
+        factor = 1.0
+        for name in {part.tower, part.kind, part.group} - {""}:
+            factor *= self.factors.get(name, 1.0)
+        return factor
+
+
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], architecture: Architecture, config: TrainConfig
+) -> list[dict]:
+    """Each of the named parameters in exactly one group: one per tower and kind, and with layer-wise decay per depth.
+
+    A group has `name`, `names`, `params`, `weight_decay`, and `factor`: its rate as a share of `learning_rate`, 1 for
+    the fastest group. Layer-wise decay multiplies by `layer_decay` for each layer below the top (Clark et al. 2020,
+    arXiv:2003.10555). Decay acts on the matrices of attention, MLP, projections and patches; not on embeddings, norms,
+    biases, `r`, `theta`, `logit_scale` and `logit_bias`.
     """
-    groups: dict[str, list] = {}
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault(_group_of(name, parameter), []).append((name, parameter))
-    return [
-        {
-            "name": group,
-            "names": [name for name, _ in members],
-            "params": [parameter for _, parameter in members],
-            "weight_decay": weight_decay if group in ("text", "vision") else 0.0,
-        }
-        for group, members in sorted(groups.items())
-    ]
+    rates = RateFactors.parse(config.rate_factors)
+    groups: dict[str, dict] = {}
+    for name, parameter in parameters:
+        part = part_of(name, architecture)
+        layered = config.layer_decay != 1 and part.kind
+        label = f"{part.group}.{part.depth}" if layered else part.group
+        group = groups.setdefault(label, {
+            "name": label, "part": part, "names": [], "params": [],
+            "weight_decay": config.weight_decay if part.decays else 0.0,
+            "factor": rates.of(part) * (
+                config.layer_decay ** (layers_of(part.tower, architecture) + 1 - part.depth) if layered else 1.0
+            ),
+        })  # fmt: skip
+        group["names"].append(name)
+        group["params"].append(parameter)
+    fastest = max((group["factor"] for group in groups.values()), default=1.0)
+    for group in groups.values():
+        group["factor"] /= fastest
+    return sorted(groups.values(), key=lambda group: (group["part"].group, group["part"].depth))
 
 
-def _group_of(name: str, parameter: nn.Parameter) -> str:
-    if name == "logit_scale":
-        return name
-    tower = "vision" if name.startswith("visual.") else "text"
-    decays = parameter.ndim >= 2 and not name.endswith((*_EMBEDDINGS, ".r", ".theta"))
-    return tower if decays else f"{tower}_no_decay"
+def group_table(groups: Sequence[Mapping], learning_rate: float) -> list[dict[str, str]]:
+    """A row for each tower and kind: parameters, peak rate (lowest to highest with layer-wise decay), weight decay."""
+    rows: dict[str, list[Mapping]] = {}
+    for group in groups:
+        rows.setdefault(group["part"].group, []).append(group)
+    table = []
+    for name, members in rows.items():
+        rates = sorted({group["factor"] * learning_rate for group in members})
+        table.append({
+            "group": name,
+            "tensors": str(sum(len(group["params"]) for group in members)),
+            "parameters": f"{sum(parameter.numel() for group in members for parameter in group['params']):,}",
+            "peak rate": f"{rates[0]:.3g}" if len(rates) == 1 else f"{rates[0]:.3g} to {rates[-1]:.3g}",
+            "weight decay": f"{members[0]['weight_decay']:g}",
+        })  # fmt: skip
+    return table
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, learning_rate: float, factor: float) -> dict[str, float]:
+    """Set every group's rate to `factor` of its peak; returns the rates by group name."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["factor"] * factor
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+# ---- optimizers ------------------------------------------------------------------------------------------------------
 
 
 def build_optimizer(config: TrainConfig, groups: Iterable[dict]) -> torch.optim.Optimizer:
     """AdaBelief of adabelief-pytorch (Zhuang et al. 2020, arXiv:2010.07468) or torch's AdamW; decay is decoupled."""
     betas = (config.beta1, config.beta2)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas)
-    from adabelief_pytorch import AdaBelief
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+    from .adabelief import ChunkedAdaBelief
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its settings
-        return AdaBelief(
+        return ChunkedAdaBelief(
             list(groups), lr=config.learning_rate, betas=betas, eps=1e-16, weight_decouple=True, rectify=True,
             print_change_log=False,
         )  # fmt: skip
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, factor: float) -> dict[str, float]:
-    """Set every group's rate to `factor` of its peak; returns the rates by group name."""
-    for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * factor
-    return {group["name"]: group["lr"] for group in optimizer.param_groups}
+def forget_steps(optimizer: torch.optim.Optimizer, count: int) -> None:
+    """Take back the last `count` steps, which `found_inf` made do nothing, from counters that are kept on the host."""
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), int):
+            state["step"] -= count

@@ -8,17 +8,20 @@ identity gets the next free folder.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..clip.files import PART_SUFFIX, read_tensors, write_json, write_safetensors
+from ..clip.files import PART_SUFFIX, read_tensors, write_json, write_safetensors, write_text
 from ..errors import UserError
+from .config import TrainConfig
+from .lock import LOCK_NAME, FolderLock, lock_folder
 
 ON_EXISTING = ("auto", "resume", "restart", "fail")
 STATE_KEY = "clip_finetune_state"
@@ -30,6 +33,13 @@ class RunFolder:
     """One run's files. `path` exists once the run was claimed."""
 
     path: Path
+    lock: FolderLock | None = None
+
+    def release(self) -> None:
+        """Let others have the folder."""
+        if self.lock is not None:
+            self.lock.release()
+            self.lock = None
 
     @property
     def config_file(self) -> Path:
@@ -65,38 +75,77 @@ class RunFolder:
         for old in self._states()[keep:]:
             old.unlink(missing_ok=True)
 
-    def load_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and info of the state that `last.json` names; None if there is none."""
+    def load_state(self, say: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and info of the state that `last.json` names, else of the newest older one that is whole; None if
+        there is none. What had to be passed over is said."""
+        for file in self._states_to_try():
+            try:
+                tensors, metadata = read_tensors(file)
+                return tensors, json.loads(metadata[STATE_KEY])
+            except (UserError, KeyError, ValueError) as error:
+                say(f"The saved state {file.name} cannot be used ({error}); the one before it is tried.")
+        if self.pointer_file.is_file():
+            say("No saved state of this run is left; it begins again from its first step.")
+        return None
+
+    def _states_to_try(self) -> list[Path]:
         if not self.pointer_file.is_file():
-            return None
-        file = self.path / str(self._read_json(self.pointer_file).get("file"))
-        if not _STATE_FILE.match(file.name) or not file.is_file():
-            return None
-        tensors, metadata = read_tensors(file)
-        return tensors, json.loads(metadata[STATE_KEY])
+            return []
+        named = str(self._read_json(self.pointer_file).get("file"))
+        match = _STATE_FILE.match(named)
+        # A state newer than the pointer's was written whole, but the crash came before all that belongs to it.
+        return [file for file in self._states() if match and _step_of(file) <= int(match[1])]
 
     def _states(self) -> list[Path]:
         """State files, the newest step first."""
-        found = [(int(match[1]), file) for file in self.path.iterdir() if (match := _STATE_FILE.match(file.name))]
-        return [file for _, file in sorted(found, reverse=True)]
+        found = [file for file in self.path.iterdir() if _STATE_FILE.match(file.name)]
+        return sorted(found, key=_step_of, reverse=True)
 
     # ---- metrics ---------------------------------------------------------------------------------------------------
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
-        with open(self.metrics_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+    def log(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Append lines to metrics.jsonl; raises `UserError` where that cannot be done."""
+        try:
+            with open(self.metrics_file, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(record) + "\n" for record in records))
+        except OSError as error:
+            raise UserError(
+                f"{self.metrics_file} could not be written ({error.strerror}); free some space or choose a folder that "
+                "you can write to, and start the same run again: it goes on from its last saved state."
+            ) from error
+
+    def sync_metrics(self) -> None:
+        """Make sure that the lines so far are on the disk, so that a state never speaks of lines that a crash took."""
+        if self.metrics_file.is_file():
+            with open(self.metrics_file, "rb+") as file:
+                os.fsync(file.fileno())
+
+    def rewrite_metrics(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write metrics.jsonl anew."""
+        write_text(self.metrics_file, "".join(json.dumps(record) + "\n" for record in records))
+
+    def is_whole(self) -> bool:
+        """Whether the files that a run begins with are still there."""
+        return self.config_file.is_file() and self.metrics_file.is_file()
 
     def metrics(self) -> list[dict[str, Any]]:
         if not self.metrics_file.is_file():
             return []
-        return [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
+        lines = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:  # a crash may leave half a line
+                break
+        return lines
 
     def metrics_bytes(self) -> int:
         return self.metrics_file.stat().st_size if self.metrics_file.is_file() else 0
 
     def cut_metrics(self, size: int) -> None:
-        """Forget the lines after byte `size`: what came after the state that the run goes on from."""
+        """Forget the lines after byte `size`: what came after the state that the run goes on from. The file is there
+        afterwards."""
+        self.log([])
         if self.metrics_bytes() > size:
             os.truncate(self.metrics_file, size)
 
@@ -126,65 +175,109 @@ class RunFolder:
         return value
 
 
-def claim_run_folder(folder: Path, identity: Mapping[str, Any], on_existing: str) -> tuple[RunFolder, list[str]]:
-    """The folder that a run with this identity works in, and sentences on the choice.
+def _step_of(state_file: Path) -> int:
+    return int(state_file.stem.removeprefix("step_"))
+
+
+def claim_run_folder(
+    folder: Path, identity: Mapping[str, Any], on_existing: str, say: Callable[[str], None]
+) -> RunFolder:
+    """The folder that a run with this identity works in, locked; the choice is said.
 
     auto: this folder if it is free or holds the same run, else the next free `name_2`, `name_3`, …; resume: this
-    folder, whose run must be the same; restart: this folder, emptied of its run; fail: only a free folder.
+    folder, whose run must be the same; restart: this folder, emptied of its run; fail: only a free folder. Raises
+    `UserError` for a folder that another training is working in.
     """
-    run = RunFolder(folder)
     if on_existing not in ON_EXISTING:
         raise UserError(f"on_existing is {on_existing!r}; choose {' or '.join(ON_EXISTING)}.")
     if on_existing == "auto":
-        return _first_fitting(folder, identity)
+        return _first_fitting(folder, identity, say)
     if on_existing == "fail" and not _is_free(folder):
         raise UserError(f"{folder} already holds something; choose another run name.")
-    if on_existing == "restart" and not _is_free(folder):
-        if run.identity() is None:
-            raise UserError(f"{folder} holds files that are not a run; choose another run name, nothing was deleted.")
-        run.clear()
-        return run, [f"The earlier run in {folder} was deleted, as asked."]
-    if on_existing == "resume" and not _is_free(folder):
-        found = run.identity()
+    run = _locked(folder, say)
+    if run is None:
+        raise _is_busy(folder)
+    try:
+        if on_existing != "fail" and not _is_free(folder):
+            _enter(run, identity, on_existing, say)
+    except BaseException:
+        run.release()
+        raise
+    return run
+
+
+def _enter(run: RunFolder, identity: Mapping[str, Any], on_existing: str, say: Callable[[str], None]) -> None:
+    """Begin to work in a folder that is not free, as an explicit choice of the user."""
+    found = run.identity()
+    if on_existing == "restart":
         if found is None:
-            raise UserError(f"{folder} holds files that are not a run; choose the folder of the run to resume.")
-        different = differences(found, identity)
-        if different:
-            raise UserError(
-                f"The run in {folder} cannot be resumed because something has changed: {'; '.join(different)}. Set it "
-                "back, or choose another run name."
-            )
-    return run, []
+            raise UserError(f"{run.path} holds files that are not a run; choose another run name, nothing was deleted.")
+        run.clear()
+        say(f"The earlier run in {run.path} was deleted, as asked.")
+        return
+    if found is None:
+        raise UserError(f"{run.path} holds files that are not a run; choose the folder of the run to resume.")
+    different = differences(found, identity)
+    if different:
+        raise UserError(
+            f"The run in {run.path} cannot be resumed because something has changed: {'; '.join(different)}. Set it "
+            "back, or choose another run name."
+        )
 
 
-def _first_fitting(folder: Path, identity: Mapping[str, Any]) -> tuple[RunFolder, list[str]]:
-    notes: list[str] = []
-    number, candidate = 1, folder
-    while not _is_free(candidate):
-        found = RunFolder(candidate).identity()
-        different = ["it holds other files"] if found is None else differences(found, identity)
+def _first_fitting(folder: Path, identity: Mapping[str, Any], say: Callable[[str], None]) -> RunFolder:
+    why = ""
+    for number in itertools.count(1):
+        candidate = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
+        run = _locked(candidate, say)
+        different = _in_the_way(candidate, identity, busy=run is None)
         if not different:
-            break
-        number += 1
-        candidate = folder.with_name(f"{folder.name}_{number}")
-        if number == 2:
-            notes = [f"{folder.name} is left as it is ({'; '.join(different)})"]
-    if notes:
-        notes = [f"{notes[0]}; this run is in {candidate.name}."]
-    return RunFolder(candidate), notes
+            if why:
+                say(f"{folder.name} is left as it is ({why}); this run is in {candidate.name}.")
+            return run
+        why = why or "; ".join(different)
+        if run is not None:
+            run.release()
+    raise AssertionError("unreachable")
+
+
+def _in_the_way(folder: Path, identity: Mapping[str, Any], *, busy: bool) -> list[str]:
+    """Why a run cannot work in a folder, in words; raises `UserError` if the same run is at work there now."""
+    if not busy and _is_free(folder):
+        return []
+    found = RunFolder(folder).identity()
+    different = ["it holds other files"] if found is None else differences(found, identity)
+    if busy and found is None:
+        return ["another training is beginning there"]
+    if busy and not different:
+        raise _is_busy(folder)
+    return different
+
+
+def _locked(folder: Path, say: Callable[[str], None]) -> RunFolder | None:
+    lock = lock_folder(folder, say)
+    return None if lock is None else RunFolder(folder, lock)
+
+
+def _is_busy(folder: Path) -> UserError:
+    return UserError(
+        f"Another training is working in {folder} at this moment; wait until it ends, stop it, or choose another run "
+        "name."
+    )
 
 
 def _is_free(folder: Path) -> bool:
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    return not folder.exists() or (folder.is_dir() and all(file.name == LOCK_NAME for file in folder.iterdir()))
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What differs between two identities, in words."""
+    """What differs between two identities, in words. A setting that an older run does not know had its default."""
     words = []
     for part, name in (("model", "the model"), ("train", "the training data"), ("validation", "the validation data")):
         if found.get(part) != wanted.get(part):
             words.append(f"{name} changed")
-    before, now = found.get("settings", {}), wanted.get("settings", {})
+    now = wanted.get("settings", {})
+    before = TrainConfig().identity | found.get("settings", {})
     for name in sorted({*before, *now}):
         if before.get(name) != now.get(name):
             words.append(f"{name} was {before.get(name)} and is {now.get(name)}")

@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import platform
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..clip.files import replacing, write_json
+from ..clip.files import replacing
 from ..clip.full_clip import FullCLIP, load_full_clip, save_full_clip
-from ..clip.gmp import to_gmp
 from ..clip.network import build_network
 from ..data.dataset import ClipDataset
 from ..data.images import normalize
@@ -25,51 +24,26 @@ from ..errors import UserError
 from ..evaluate.features import Encoder
 from ..evaluate.retrieval import retrieval_of
 from ..report.charts import loss_chart
-from .compute import autocast, choose_micro_batch, default_device, resolve_precision
+from ..report.tables import table
+from . import checkpoints
+from .compute import autocast, choose_micro_batch, default_device, out_of_memory, resolve_precision
 from .config import TrainConfig
+from .description import describe_run
+from .freezing import stage_at, trains_at_all, trains_in_stage
+from .gradients import GradientMeter
 from .large_batch import Side, batch_gradients
 from .losses import LOSSES, positive_pairs
-from .optimizers import build_optimizer, parameter_groups, set_learning_rates
+from .metrics import PendingSteps
+from .neurons import parse_neurons, scale_neurons
+from .optimizers import build_optimizer, forget_steps, group_table, parameter_groups, set_learning_rates
+from .parts import SCALARS
+from .preparation import check_settings, fitting_batch_size, prepare_model, present_pictures
+from .profile import Profile
+from .results import Notes, Progress, TrainResult
 from .run_folder import RunFolder, claim_run_folder
-from .schedules import one_cycle
+from .schedules import SCHEDULES
 
 MAX_LOGIT_SCALE = math.log(100)
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """What a front end shows while a training runs. `steps` and `validations` are the lines of metrics.jsonl so far."""
-
-    step: int
-    total_steps: int
-    batch_size: int
-    steps: list[dict[str, Any]]
-    validations: list[dict[str, Any]]
-
-    @property
-    def seconds_left(self) -> float | None:
-        """How long the steps that are left take at the pace of the last ten; None before the first."""
-        speeds = [line["pairs_per_second"] for line in self.steps[-10:]]
-        if not speeds or min(speeds) <= 0:
-            return None
-        return (self.total_steps - self.step) * self.batch_size * sum(1 / speed for speed in speeds) / len(speeds)
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainResult:
-    """The trained model: the best by validation loss, else the last. `best_step` 0 is the original.
-
-    `notes` are sentences for the user; `already_finished` is true when the run was complete and nothing was trained.
-    """
-
-    full_clip: FullCLIP
-    run_folder: Path
-    best_step: int
-    total_steps: int
-    steps: list[dict[str, Any]]
-    validations: list[dict[str, Any]]
-    notes: tuple[str, ...]
-    already_finished: bool
 
 
 def train(
@@ -90,86 +64,40 @@ def train(
 
     `on_progress` is called after each optimizer step and validation, `check_cancelled` between micro-batches too;
     either may raise anything: the state is saved first, and the same call goes on from it. `on_note` gets each
-    sentence of the result's notes as soon as it is known. Raises `UserError`, also for a loss that is not finite.
+    sentence of the result's notes as soon as it is known. The lines of `Progress` may be ten steps or a second late:
+    they are fetched from the device together. Raises `UserError`, also for a loss that is not finite.
     """
     config = config or TrainConfig()
-    notes = _Notes(on_note)
-    model = _prepare_model(full_clip, config, notes)
-    train_set = _present(train_set, "training", notes)
-    validation = _present(validation, "validation", notes) if validation is not None and len(validation) else None
-    batch_size = _batch_size(config, train_set, notes)
+    notes = Notes(on_note)
+    model = prepare_model(full_clip, config, notes)
+    check_settings(model, config)
+    train_set = present_pictures(train_set, "training", notes)
+    validation = (
+        present_pictures(validation, "validation", notes) if validation is not None and len(validation) else None
+    )
+    batch_size = fitting_batch_size(config, train_set, notes)
     identity = {
         "settings": config.identity,
         "model": model.fingerprint,
         "train": train_set.fingerprint(),
         "validation": validation.fingerprint() if validation is not None else None,
     }
-    run, claimed = claim_run_folder(Path(run_folder), identity, on_existing)
-    notes.extend(claimed)
-    training = _Training(
-        model, train_set, validation, config, run, batch_size, torch.device(device or default_device()), notes,
-        on_progress, check_cancelled,
-    )  # fmt: skip
-    training.describe(identity, origins)
-    # A host may call this in inference mode, whose tensors cannot be trained.
-    with torch.inference_mode(False), torch.enable_grad():
-        return training.run_to_the_end()
+    run = claim_run_folder(Path(run_folder), identity, on_existing, notes.append)
+    try:
+        training = Training(
+            model, train_set, validation, config, run, batch_size, torch.device(device or default_device()), notes,
+            on_progress, check_cancelled,
+        )  # fmt: skip
+        # A host may call this in inference mode, whose tensors cannot be trained.
+        with torch.inference_mode(False), torch.enable_grad():
+            return training.run_to_the_end(identity, origins or {})
+    finally:
+        run.release()
 
 
-class _Notes(list):
-    """Sentences for the user, told as they come."""
-
-    def __init__(self, tell: Callable[[str], None]):
-        super().__init__()
-        self.tell = tell
-
-    def append(self, note: str) -> None:
-        if note not in self:
-            super().append(note)
-            self.tell(note)
-
-    def extend(self, notes) -> None:
-        for note in notes:
-            self.append(note)
-
-
-def _prepare_model(full_clip: FullCLIP, config: TrainConfig, notes: _Notes) -> FullCLIP:
-    notes.extend(full_clip.notes)
-    if config.gmp:
-        return to_gmp(full_clip)
-    if full_clip.parameterization == "gmp":
-        notes.append("This model is in GmP form and is trained in it; fold it first to train plain weights.")
-    return full_clip
-
-
-def _present(dataset: ClipDataset, what: str, notes: _Notes) -> ClipDataset:
-    """Without the entries whose picture is not there."""
-    missing = dataset.missing()
-    if not missing:
-        return dataset
-    notes.append(
-        f"{len(missing)} of the {len(dataset)} {what} pictures named in {dataset.name} are not there (the first is "
-        f"{dataset.names[missing[0]]}); they are left out."
-    )
-    gone = set(missing)
-    return dataset.subset([index for index in range(len(dataset)) if index not in gone])
-
-
-def _batch_size(config: TrainConfig, train_set: ClipDataset, notes: _Notes) -> int:
-    if len(train_set) < 2:
-        raise UserError(
-            f"The data set {train_set.name} has {len(train_set)} picture(s) to train on; CLIP learns by comparing "
-            "pairs, so at least 2 are needed, and some hundred are better."
-        )
-    if len(train_set) < config.batch_size:
-        notes.append(
-            f"The batch is reduced from {config.batch_size} to {len(train_set)} because there are no more pictures."
-        )
-    return min(config.batch_size, len(train_set))
-
-
-class _Training:
-    """One run at work. `step` counts optimizer steps done; `whole` is false while weights, step and metrics differ."""
+class Training:
+    """One run at work. `step` counts optimizer steps done; `whole` is false while weights and step do not belong
+    together."""
 
     def __init__(
         self, model, train_set, validation, config, run, batch_size, device, notes, on_progress, check_cancelled
@@ -181,7 +109,7 @@ class _Training:
         self.folder: RunFolder = run
         self.batch_size: int = batch_size
         self.device: torch.device = device
-        self.notes: _Notes = notes
+        self.notes: Notes = notes
         self.on_progress, self.check_cancelled = on_progress, check_cancelled
         self.precision = resolve_precision(config.precision, device)
         self.steps_per_epoch = len(train_set) // batch_size
@@ -189,48 +117,26 @@ class _Training:
         self.validate_every = config.validate_every or self.steps_per_epoch
         self.micro_batch = config.micro_batch
         self.step = 0
+        self.stage: int | None = None
         self.validated: int | None = None  # the step whose validation is in the metrics
         self.best: dict[str, float] | None = None
         self.whole = True
         self.saved_step: int | None = None
         self.steps: list[dict[str, Any]] = []
         self.validations: list[dict[str, Any]] = []
+        self.pending = PendingSteps()
+        self.profile = Profile(device, config.profile)
 
     # ---- the run ---------------------------------------------------------------------------------------------------
 
-    def describe(self, identity: Mapping[str, Any], origins: Mapping[str, str] | None) -> None:
-        """Write config.json: every value with its origin, what the run is made of, and with what it runs."""
-        import open_clip
-
-        write_json(
-            self.folder.config_file,
-            {
-                "settings": self.config.origins(origins),
-                "identity": identity,
-                "model": {"architecture": self.model.architecture.as_dict(), "provenance": dict(self.model.provenance)},
-                "data": {
-                    "train": {"name": self.train_set.name, "images": len(self.train_set)},
-                    "validation": self.validation and {"name": self.validation.name, "images": len(self.validation)},
-                },
-                "batch_size": self.batch_size,
-                "steps_per_epoch": self.steps_per_epoch,
-                "total_steps": self.total_steps,
-                "precision": self.precision,
-                "device": self.device.type,
-                "versions": {
-                    "python": platform.python_version(),
-                    "torch": torch.__version__,
-                    "open_clip": open_clip.__version__,
-                },
-            },
-        )
-
-    def run_to_the_end(self) -> TrainResult:
-        state = self.folder.load_state()
+    def run_to_the_end(self, identity: Mapping[str, Any], origins: Mapping[str, str]) -> TrainResult:
+        state = self.folder.load_state(self.notes.append)
         if state is not None and self._is_finished(state[1]):
             return self._result(already_finished=True)
         self.folder.remove_parts()
         self._build()
+        self.describe = lambda: describe_run(self, identity, origins)
+        self.describe()
         if state is not None:
             self._restore(*state)
             del state
@@ -238,93 +144,109 @@ class _Training:
             self.folder.cut_metrics(0)
         try:
             self._loop()
-        except BaseException:
-            if self.whole and self.step and self.saved_step != self.step and self._weights_are_finite():
-                self._save()
-                if self.validation is None:
-                    self._write_best()
-            if self.saved_step:
-                self.notes.append(
-                    f"Stopped; the state of step {self.saved_step} is saved, and the same run goes on from it."
-                )
-            raise
+        except BaseException as error:
+            if not out_of_memory(error):
+                self._keep_what_is_whole()
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
+            self.optimizer.zero_grad(set_to_none=True)
+            self._keep_what_is_whole()
+            raise self._out_of_memory() from error
         finally:
             self.loader.close()
-        if self.loader.broken:
-            name, reason = next(iter(self.loader.broken.items()))
-            self.notes.append(
-                f"{len(self.loader.broken)} training pictures cannot be opened and were left out of their batches (the "
-                f"first is {name}: {reason})."
-            )
-        if self.saved_step != self.step or self.validation is not None:
-            self._save()
-        if self.validation is None:
-            self._write_best()
+        self._finish()
         return self._result(already_finished=False)
 
     def _loop(self) -> None:
         batches = self.loader.iterate(self.step)
-        last_save = last_step = time.monotonic()
+        last_save = time.monotonic()
+        self.pending.skip_time()
         while True:
             if self._validation_is_due():
+                self._settle()
                 self._validate()
-                last_step = time.monotonic()
+                self.pending.skip_time()
             if self.step >= self.total_steps:
+                self._settle()
                 return
             self.check_cancelled()
-            _, batch = next(batches)
-            record = self._train_step(batch)
-            now = time.monotonic()
-            record["pairs_per_second"] = round(len(batch.images) / max(now - last_step, 1e-9), 3)
-            last_step = now
-            self.folder.log(record)
-            self.steps.append(record)
-            self.whole = True
-            self._tell()
+            self._enter_stage(stage_at(self.step, self.total_steps, self.config.unfreeze_stages))
+            with self.profile("data"):
+                _, batch = next(batches)
+            self._train_step(batch)
+            with self.profile("logging"):
+                if self.pending.due():
+                    self._settle()
+                self._tell()
             every, minutes = self.config.save_every_steps, self.config.save_every_minutes
-            if (every and self.step % every == 0) or (minutes and now - last_save > minutes * 60):
+            if (every and self.step % every == 0) or (minutes and time.monotonic() - last_save > minutes * 60):
+                self._settle()
                 self._save()
                 last_save = time.monotonic()
+                self.pending.skip_time()
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
-    def _train_step(self, batch: Batch) -> dict[str, Any]:
-        config, step = self.config, self.step + 1
-        factor = one_cycle(self.step, self.total_steps, config.warmup)
-        rates = set_learning_rates(self.optimizer, config, factor)
+    def _train_step(self, batch: Batch) -> None:
+        config, timed = self.config, self.profile
+        factor = SCHEDULES[config.schedule](self.step, self.total_steps, config.warmup, config.floor)
+        rates = set_learning_rates(self.optimizer, config.learning_rate, factor)
         self.optimizer.zero_grad(set_to_none=True)
         positives = positive_pairs(batch.originals, batch.texts).to(self.device)
         logit_scale = self.network.logit_scale
-        shown_scale = logit_scale.item()
+        shown_scale = logit_scale.detach().exp()
+        sides = (Side(self._encode_images, batch.images, self.trains_vision),
+                 Side(self._encode_texts, batch.tokens, self.trains_text))  # fmt: skip
+        if self.step == 0 and hasattr(self.loss, "begin"):
+            features = [side.features(self.micro_batch, self.check_cancelled) for side in sides]
+            self.loss.begin(*features, logit_scale, positives)
         loss = batch_gradients(
-            (Side(self._encode_images, batch.images, self.trains_vision),
-             Side(self._encode_texts, batch.tokens, self.trains_text)),
+            sides,
             lambda images, texts: self.loss(images, texts, logit_scale, positives),
             micro_batch=self.micro_batch,
-            loss_factor=self.scaler.get_scale(),
+            loss_factor=self.scaler.get_scale() if self.scaler.is_enabled() else 1.0,
             check_cancelled=self.check_cancelled,
+            timed=timed,
         )  # fmt: skip
-        self.scaler.unscale_(self.optimizer)
-        limit = config.max_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.trainable, limit).item()
-        self._require_finite(step, loss.item(), grad_norm)
         self.whole = False
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if logit_scale.requires_grad:
-            with torch.no_grad():
-                logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-        self.step = step
-        return {
+        with timed("optimizer"):
+            finite, norms = self._optimizer_step(loss)
+        record = {
             "kind": "step",
-            "step": step,
-            "epoch": round(step / self.steps_per_epoch, 6),
-            "loss": loss.item(),
+            "step": self.step + 1,
+            "epoch": round((self.step + 1) / self.steps_per_epoch, 6),
             "learning_rate": rates,
-            "grad_norm": grad_norm,
-            "logit_scale": math.exp(shown_scale),
             "micro_batch": min(self.micro_batch, len(batch.images)),
+            "pairs": len(batch.images),
         }
+        self.pending.add(record, loss, shown_scale, finite, norms)
+        self.step += 1
+        self.profile.steps += 1
+        self.whole = True
+
+    def _optimizer_step(self, loss: torch.Tensor):
+        """(a bool tensor: the weights moved, or all is still as before a step that was not finite; the norms before
+        clipping). Once a step is not finite, none after it moves the weights, until the host finds out and stops."""
+        self.scaler.unscale_(self.optimizer)
+        norms = self.meter.measure()
+        if self.config.max_grad_norm:
+            self.meter.clip(norms, self.config.max_grad_norm)
+        if self.scaler.is_enabled():
+            # Under fp16 an infinite gradient is how the scaler finds its scale: it skips such a step and goes on.
+            finite = torch.isfinite(loss)
+            if bool(torch.isfinite(norms.total) & finite):
+                self.optimizer.step()
+            self.scaler.update()
+        else:
+            finite = torch.isfinite(loss) & torch.isfinite(norms.total)
+            self.broken.copy_(torch.maximum(self.broken, (~finite).float()))
+            finite = self.broken == 0
+            self.optimizer.found_inf = self.broken
+            self.optimizer.step()
+        if self.network.logit_scale.requires_grad:
+            with torch.no_grad():
+                self.network.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        return finite, norms
 
     def _encode_images(self, images_u8: torch.Tensor) -> torch.Tensor:
         images = normalize(images_u8.to(self.device, non_blocking=True), self.network.logit_scale.dtype)
@@ -335,15 +257,64 @@ class _Training:
         with autocast(self.precision if self.trains_text else self.frozen_precision, self.device):
             return self.network.encode_text(tokens.to(self.device, non_blocking=True))
 
-    def _require_finite(self, step: int, loss: float, grad_norm: float) -> None:
-        # Under fp16 an infinite gradient is how the scaler finds its scale; it skips such a step by itself.
-        if math.isfinite(loss) and (math.isfinite(grad_norm) or self.scaler.is_enabled()):
+    def _enter_stage(self, stage: int) -> None:
+        """Let exactly those parameters have gradients that this stage trains."""
+        if stage == self.stage:
             return
-        what = f"the loss became {loss}" if not math.isfinite(loss) else f"the gradient became {grad_norm}"
+        self._settle()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.stage, stages = stage, self.config.unfreeze_stages
+        for name, parameter in self.trained.items():
+            parameter.requires_grad_(trains_in_stage(name, self.model.architecture, stage, stages))
+        self.trains_vision, self.trains_text = (
+            any(p.requires_grad for name, p in self.trained.items() if name.startswith("visual.") == vision
+                and name not in SCALARS)
+            for vision in (True, False)
+        )  # fmt: skip
+        if stages > 1:
+            self.notes.append(f"Stage {stage + 1} of {stages} of unfreezing, from step {self.step + 1}.")
+
+    # ---- numbers ---------------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Take in the numbers that are still on the device. Raises `UserError` if a step was not finite: the weights,
+        the optimizer and `step` are then as before it."""
+        taken = self.pending.take()
+        good = [step for step in taken if step.finite]
+        lines = []
+        for step in good:
+            by_group = {
+                name: float(f"{norm:.4g}") for name, norm in zip(self.meter.groups, step.by_group, strict=True) if norm
+            }
+            lines.append(step.record | {"grad_norms": by_group})
+            self.notes.extend(self.meter.warnings(step.by_layer))
+        self._log(lines)
+        if len(good) == len(taken):
+            return
+        forget_steps(self.optimizer, len(taken) - len(good))
+        self.step -= len(taken) - len(good)
+        self.broken.zero_()
+        bad = taken[len(good)]
+        what = f"the loss became {bad.loss}"
+        if math.isfinite(bad.loss):
+            what = f"the gradient became {bad.grad_norm}, {self.meter.broken_place(bad.by_layer)}"
         raise UserError(
-            f"The training stopped at step {step} because {what}. The weights from before that step are kept in "
-            f"{self.folder.path}. Try a lower learning_rate, or precision fp32."
+            f"The training stopped at step {bad.record['step']} because {what}. The weights from before that step are "
+            f"kept in {self.folder.path}. Try a lower learning_rate, or precision fp32."
         )
+
+    def _log(self, lines: list[dict[str, Any]]) -> None:
+        self.steps += [line for line in lines if line["kind"] == "step"]
+        self.validations += [line for line in lines if line["kind"] == "validation"]
+        if self.folder.is_whole():
+            self.folder.log(lines)
+            return
+        self.notes.append(f"Files of {self.folder.path} were deleted while the training ran; they are written again.")
+        self.describe()
+        self.folder.rewrite_metrics(sorted(self.steps + self.validations, key=lambda line: line["step"]))
+
+    def _tell(self) -> None:
+        self.on_progress(Progress(self.step, self.total_steps, self.batch_size, self.steps, self.validations))
 
     # ---- validation ------------------------------------------------------------------------------------------------
 
@@ -358,8 +329,10 @@ class _Training:
             self.network, self.model.architecture.image_size, self.tokenizer, self.device,
             autocast=lambda: autocast(self.frozen_precision, self.device), check_cancelled=self.check_cancelled,
         )  # fmt: skip
-        measured = retrieval_of(encoder, self.validation)
-        self.network.train()
+        try:
+            measured = retrieval_of(encoder, self.validation)
+        finally:
+            self.network.train()
         self.notes.extend(measured.notes)
         record = {
             "kind": "validation",
@@ -374,16 +347,13 @@ class _Training:
                 "Try a lower learning_rate, or check the model with clip-finetune info."
             )
         if self.best is None or measured.loss < self.best["loss"]:
-            self.best = {"step": self.step, "loss": measured.loss}
-            self._write_best()
+            best = {"step": self.step, "loss": measured.loss}
+            self._write_best(best)
+            self.best = best
         self.validated = self.step
-        self.folder.log(record)
-        self.validations.append(record)
+        self._log([record])
         self._write_chart()
         self._tell()
-
-    def _tell(self) -> None:
-        self.on_progress(Progress(self.step, self.total_steps, self.batch_size, self.steps, self.validations))
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
@@ -393,30 +363,31 @@ class _Training:
             return self.model
         changed = {
             name: parameter.detach().cpu().clone()
-            for name, parameter in self.network.named_parameters()
-            if parameter.requires_grad
+            for name, parameter in self.trained.items()
+            if name in self.model.state_dict
         }
         return self.model.derive(changed, step=f"trained for {self.step} steps ({self.folder.path.name})")
 
-    def _write_best(self) -> None:
-        save_full_clip(self._trained_model(), self.folder.best_file)
+    def _write_best(self, validation: Mapping[str, float] | None) -> None:
+        """`best.safetensors` says itself which step it is of, so that a crash cannot make the two differ."""
+        model = self._trained_model()
+        about = {**model.provenance, "validation": validation, "step": self.step}
+        save_full_clip(dataclasses.replace(model, provenance=about), self.folder.best_file)
 
     def _write_chart(self) -> None:
         with replacing(self.folder.chart_file) as beside:
             loss_chart(self.steps, self.validations, title=self.folder.path.name).save(beside, format="PNG")
 
-    def _weights_are_finite(self) -> bool:
-        return all(bool(torch.isfinite(parameter).all()) for parameter in self.trainable)
-
     def _save(self) -> None:
-        tensors = {f"model.{name}": parameter for name, parameter in self.network.named_parameters()}
-        numbers: dict[str, dict[str, Any]] = {}
-        for name, parameter in self._named_trainable():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f"optimizer.{name}.{key}"] = value
-                else:
-                    numbers.setdefault(name, {})[key] = value
+        """Save the state; nothing may be pending. Raises `UserError` for weights that are not finite."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.trained.values()):
+            raise UserError(
+                f"The weights became infinite by step {self.step}; they are not saved, and the last good state is kept "
+                f"in {self.folder.path}. Try a lower learning_rate."
+            )
+        self._log([])
+        self.folder.sync_metrics()
+        tensors, numbers = checkpoints.pack(self.network, self.loss, self.optimizer)
         epoch, position = divmod(self.step, self.steps_per_epoch)
         info = {
             "step": self.step,
@@ -426,7 +397,7 @@ class _Training:
             "micro_batch": self.micro_batch,
             "metrics_bytes": self.folder.metrics_bytes(),
             "optimizer": numbers,
-            "schedule": {"name": "one_cycle", "step": self.step, "warmup": self.config.warmup},
+            "schedule": {"name": self.config.schedule, "step": self.step, "warmup": self.config.warmup},
             # All randomness is a function of these, so there is no generator whose state would have to be kept.
             "sampler": {"seed": self.config.seed, "epoch": epoch, "position": position},
             "scaler": self.scaler.state_dict(),
@@ -435,25 +406,76 @@ class _Training:
         self.saved_step = self.step
         self._write_chart()
 
+    def _keep_what_is_whole(self) -> None:
+        """After whatever stopped the training: save it, unless that would save something half done."""
+        if not self.whole:
+            return
+        try:
+            self._settle()
+        finally:
+            if self.step and self.saved_step != self.step:
+                self._save()
+                if self.validation is None:
+                    self._write_best(None)
+            if self.saved_step:
+                self.notes.append(
+                    f"Stopped; the state of step {self.saved_step} is saved, and the same run goes on from it."
+                )
+
+    def _finish(self) -> None:
+        if self.loader.broken:
+            name, reason = next(iter(self.loader.broken.items()))
+            self.notes.append(
+                f"{len(self.loader.broken)} training pictures cannot be opened and were left out of their batches (the "
+                f"first is {name}: {reason})."
+            )
+        if self.profile.enabled:
+            self.notes.append("Where the time of a step went:\n" + table(self.profile.rows()))
+        if self.saved_step != self.step or self.validation is not None:
+            self._save()
+        if self.validation is None:
+            self._write_best(None)
+        elif not self.folder.best_file.is_file():
+            self.notes.append(
+                f"{self.folder.best_file} was deleted while the training ran; the last weights take its place."
+            )
+            self.best = {"step": self.step, "loss": self.validations[-1]["loss"]}
+            self._write_best(self.best)
+
+    def _out_of_memory(self) -> UserError:
+        smaller = max(1, min(self.micro_batch, self.batch_size) // 2)
+        more = "" if self.config.activation_checkpointing else ", switch on activation_checkpointing"
+        return UserError(
+            f"There was not enough memory for step {self.step + 1}. Set micro_batch to {smaller} (it was "
+            f"{min(self.micro_batch, self.batch_size)}){more}, or train one tower only; the run goes on from "
+            f"{'its beginning' if not self.saved_step else f'step {self.saved_step}'} and the result stays the same."
+        )
+
     # ---- setting up ------------------------------------------------------------------------------------------------
 
     def _build(self) -> None:
         config, architecture = self.config, self.model.architecture
         self.tokenizer = Tokenizer(architecture.context_length, architecture.vocab_size)
         self.network = build_network(self.model, device=self.device)
-        self.trains_text, self.trains_vision = config.towers in ("both", "text"), config.towers in ("both", "vision")
+        scale_neurons(self.network, parse_neurons(config.scale_neurons, architecture))
+        self.loss = LOSSES[config.loss].make(config.temperature, config.label_smoothing).to(self.device)
         # bf16 for a tower without gradients is slow on CPUs.
         self.frozen_precision = "fp32" if self.device.type == "cpu" else self.precision
-        for name, parameter in self.network.named_parameters():
-            vision = name.startswith("visual.")
-            trains = self.trains_vision if vision else self.trains_text
-            parameter.requires_grad_(config.train_logit_scale if name == "logit_scale" else trains)
+        everything = [*self.network.named_parameters(), *self.loss.named_parameters()]
+        self.trained = {name: p for name, p in everything if trains_at_all(name, architecture, config)}
+        for name, parameter in everything:
+            parameter.requires_grad_(name in self.trained)
+        if not self.trained.keys() - SCALARS:
+            raise UserError("Everything is frozen, so there is nothing to train; freeze fewer blocks.")
         if config.activation_checkpointing:
             self.network.set_grad_checkpointing()
-        self.trainable = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        self.optimizer = build_optimizer(config, parameter_groups(self.network, config.weight_decay))
+        groups = parameter_groups(self.trained.items(), architecture, config)
+        self.optimizer = build_optimizer(config, groups)
+        self.meter = GradientMeter(groups, architecture)
+        self.group_rows = group_table(groups, config.learning_rate)
+        self.notes.append("What trains, and how fast:\n" + table(self.group_rows))
+        self.broken = torch.zeros((), device=self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.loss = LOSSES[config.loss]()
         self.micro_batch = config.micro_batch or choose_micro_batch(
             architecture, self.batch_size, self.precision, self.device, config.activation_checkpointing
         )
@@ -461,29 +483,11 @@ class _Training:
             self.train_set, architecture.image_size, self.tokenizer, self.batch_size, config.seed
         )  # fmt: skip
 
-    def _named_trainable(self):
-        return [
-            (name, parameter)
-            for group in self.optimizer.param_groups
-            for name, parameter in zip(group["names"], group["params"], strict=True)
-        ]
-
     def _restore(self, tensors: Mapping[str, torch.Tensor], info: Mapping[str, Any]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.network.named_parameters():
-                parameter.copy_(tensors[f"model.{name}"])
-        for name, parameter in self._named_trainable():
-            prefix = f"optimizer.{name}."
-            found: dict[str, Any] = dict(info["optimizer"].get(name, {}))
-            for key in [key for key in tensors if key.startswith(prefix)]:
-                # AdamW keeps its step count on the CPU; everything else is where the parameter is.
-                value, kind = tensors[key], key.removeprefix(prefix)
-                found[kind] = value.clone() if kind == "step" else value.to(parameter.device, copy=True)
-            if found:
-                self.optimizer.state[parameter] = found
+        checkpoints.unpack(tensors, info["optimizer"], self.network, self.loss, self.optimizer)
         self.scaler.load_state_dict(info["scaler"])
         self.step = self.saved_step = info["step"]
-        self.validated, self.best = info["validated"], info["best"]
+        self.validated, self.best = info["validated"], self._best_of_the_file()
         if not self.config.micro_batch:
             self.micro_batch = info["micro_batch"]
         self.folder.cut_metrics(info["metrics_bytes"])
@@ -495,6 +499,11 @@ class _Training:
                 f"{info['total_steps']}, and the learning rate follows the schedule of the new length from here."
             )
 
+    def _best_of_the_file(self) -> dict[str, float] | None:
+        if self.validation is None or not self.folder.best_file.is_file():
+            return None
+        return load_full_clip(self.folder.best_file).provenance.get("validation")
+
     def _read_metrics(self) -> None:
         lines = self.folder.metrics()
         self.steps = [line for line in lines if line["kind"] == "step"]
@@ -503,7 +512,7 @@ class _Training:
     def _is_finished(self, info: Mapping[str, Any]) -> bool:
         if info["step"] < self.total_steps or not self.folder.best_file.is_file():
             return False
-        self.step, self.best, self.validated = info["step"], info["best"], info["validated"]
+        self.step, self.validated, self.best = info["step"], info["validated"], self._best_of_the_file()
         return self.validation is None or self.validated == self.step
 
     def _result(self, *, already_finished: bool) -> TrainResult:

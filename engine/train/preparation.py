@@ -1,0 +1,55 @@
+"""What is looked at before a training begins: does the model fit the settings, are the pictures there?"""
+
+from __future__ import annotations
+
+from ..clip.full_clip import FullCLIP
+from ..clip.gmp import to_gmp
+from ..data.dataset import ClipDataset
+from ..errors import UserError
+from .config import TrainConfig
+from .freezing import check_freezing
+from .neurons import parse_neurons
+from .optimizers import RateFactors
+from .results import Notes
+
+
+def prepare_model(full_clip: FullCLIP, config: TrainConfig, notes: Notes) -> FullCLIP:
+    notes.extend(full_clip.notes)
+    if config.gmp:
+        return to_gmp(full_clip)
+    if full_clip.parameterization == "gmp":
+        notes.append("This model is in GmP form and is trained in it; fold it first to train plain weights.")
+    return full_clip
+
+
+def check_settings(model: FullCLIP, config: TrainConfig) -> None:
+    """Raise `UserError` for settings that this model does not fit."""
+    check_freezing(model.architecture, config)
+    parse_neurons(config.scale_neurons, model.architecture)
+    RateFactors.parse(config.rate_factors)
+
+
+def present_pictures(dataset: ClipDataset, what: str, notes: Notes) -> ClipDataset:
+    """Without the entries whose picture is not there."""
+    missing = dataset.missing()
+    if not missing:
+        return dataset
+    notes.append(
+        f"{len(missing)} of the {len(dataset)} {what} pictures named in {dataset.name} are not there (the first is "
+        f"{dataset.names[missing[0]]}); they are left out."
+    )
+    gone = set(missing)
+    return dataset.subset([index for index in range(len(dataset)) if index not in gone])
+
+
+def fitting_batch_size(config: TrainConfig, train_set: ClipDataset, notes: Notes) -> int:
+    if len(train_set) < 2:
+        raise UserError(
+            f"The data set {train_set.name} has {len(train_set)} picture(s) to train on; CLIP learns by comparing "
+            "pairs, so at least 2 are needed, and some hundred are better."
+        )
+    if len(train_set) < config.batch_size:
+        notes.append(
+            f"The batch is reduced from {config.batch_size} to {len(train_set)} because there are no more pictures."
+        )
+    return min(config.batch_size, len(train_set))
