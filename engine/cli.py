@@ -38,12 +38,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable, help: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable, help: str, *, opens_a_model: bool = True) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=help, description=help)
+        if opens_a_model:
+            added.add_argument(
+                "--activation", choices=("auto", "quick_gelu", "gelu"), default="auto",
+                help="what a model's MLPs compute, where its file does not say it (default: auto)",
+            )  # fmt: skip
         added.set_defaults(run=run)
         return added
 
-    demo = command("demo", _demo, "Train, fold, export and evaluate a small CLIP on pictures that are drawn for it.")
+    demo = command(
+        "demo",
+        _demo,
+        "Train, fold, export and evaluate a small CLIP on pictures that are drawn for it.",
+        opens_a_model=False,
+    )
     demo.add_argument("--out", default="clip_finetune_demo", metavar="DIR", help="where everything goes")
     demo.add_argument("--seed", type=int, default=0, help="another seed draws other pictures (default: 0)")
 
@@ -129,7 +139,7 @@ def _train(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"--validation-split is {arguments.validation_split}; give a share from 0 to below 1, such as 0.1."
         )
-    model = load_full_clip(arguments.model)
+    model = load_full_clip(arguments.model, activation=arguments.activation)
     train_set, validation = load_dataset(arguments.data), None
     _say(f"{train_set.name}: {len(train_set)} pictures ({train_set.reason})")
     if arguments.validation:
@@ -225,7 +235,7 @@ def _fold(arguments: argparse.Namespace) -> None:
     from .clip.full_clip import load_full_clip, save_full_clip
     from .clip.gmp import fold_gmp
 
-    folded = fold_gmp(load_full_clip(arguments.input))
+    folded = fold_gmp(load_full_clip(arguments.input, activation=arguments.activation))
     _tell_notes(folded.notes)
     _say(f"Wrote {save_full_clip(folded, arguments.output)}.")
 
@@ -234,7 +244,7 @@ def _export(arguments: argparse.Namespace) -> None:
     from .clip.export import export_text_encoder
     from .clip.full_clip import load_full_clip
 
-    model = load_full_clip(arguments.input)
+    model = load_full_clip(arguments.input, activation=arguments.activation)
     _tell_notes(model.notes)
     if model.parameterization == "gmp":
         _say("The model is in GmP form; it is folded to plain weights for the export.")
@@ -245,7 +255,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     from .clip.full_clip import load_full_clip, save_full_clip
     from .clip.merge import merge_text_encoder
 
-    merged = merge_text_encoder(arguments.text, load_full_clip(arguments.model))
+    merged = merge_text_encoder(arguments.text, load_full_clip(arguments.model, activation=arguments.activation))
     _tell_notes(merged.notes)
     _say(f"Wrote {save_full_clip(merged, arguments.output)}.")
 
@@ -259,7 +269,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     models = [("model", file) for file in arguments.model]
     if arguments.baseline:
         models.append(("baseline", arguments.baseline))
-    results = evaluate(models, dataset, templates=arguments.templates, on_note=_say)
+    results = evaluate(models, dataset, templates=arguments.templates, activation=arguments.activation, on_note=_say)
     print(table_of(results))
     if arguments.json:
         write_json(arguments.json, {"models": results})
@@ -269,7 +279,7 @@ def _info(arguments: argparse.Namespace) -> None:
     from .clip.files import write_json
     from .info import describe, in_words
 
-    facts = describe(arguments.path)
+    facts = describe(arguments.path, arguments.activation)
     print(in_words(facts))
     if arguments.json:
         write_json(arguments.json, facts)

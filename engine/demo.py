@@ -19,6 +19,7 @@ from .clip.gmp import fold_gmp
 from .clip.network import random_full_clip
 from .data.dataset import ClipDataset, load_dataset
 from .data.demo_pictures import PICTURE_SIZE, draw_demo_classes, draw_demo_dataset
+from .errors import UserError
 from .evaluate.retrieval import eval_retrieval
 from .evaluate.together import percent
 from .evaluate.zero_shot import eval_zero_shot
@@ -80,7 +81,10 @@ def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], None] = print) ->
     """Run the whole demo in `out` and return its numbers, which are in `out`/results.json too."""
     began = time.monotonic()
     say(f"Drawing pictures of coloured shapes into {out / 'pictures'} …")
-    pictures = draw_pictures(out / "pictures", seed)
+    try:
+        pictures = draw_pictures(out / "pictures", seed)
+    except OSError as error:
+        raise UserError(f"{out} could not be written ({error.strerror}); give another folder with --out.") from error
     say(f"{len(pictures.plain)} to learn from, {len(pictures.shifted)} in another style to fine-tune on, and "
         f"{len(pictures.held_out)} of combinations that are in neither, to measure on.")  # fmt: skip
 

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .clip.architecture import is_assumption
 from .clip.files import read_tensors
 from .clip.full_clip import kind_of, load_full_clip
+from .clip.health import describe_text_encoder, not_numbers
 from .data.dataset import ClipDataset, load_dataset
 from .errors import UserError
 
@@ -17,7 +19,7 @@ _MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _VOCABULARY = 49408
 
 
-def describe(path: str | os.PathLike) -> dict[str, Any]:
+def describe(path: str | os.PathLike, activation: str = "auto") -> dict[str, Any]:
     """The facts of `info --json`; `kind` is full_clip, text_encoder, vision_encoder, training_state, run or dataset.
 
     Every picture of a data set is decoded to find the broken ones. Raises `UserError` for what cannot be read.
@@ -28,11 +30,11 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
     if (place / "config.json").is_file() and (place / "metrics.jsonl").is_file():
         return _describe_run(place)
     if place.suffix.lower() in _MODEL_SUFFIXES or (place / "model.safetensors").is_file() or not place.exists():
-        return _describe_model(path)
+        return _describe_model(path, activation)
     return describe_dataset(load_dataset(path))
 
 
-def _describe_model(path: str | os.PathLike) -> dict[str, Any]:
+def _describe_model(path: str | os.PathLike, activation: str) -> dict[str, Any]:
     if Path(path).is_file():
         tensors, _ = read_tensors(path)
         kind = kind_of(tensors)
@@ -40,14 +42,14 @@ def _describe_model(path: str | os.PathLike) -> dict[str, Any]:
             if kind == "unknown":
                 raise UserError(f"{path} is not a CLIP: it has neither a text tower nor a vision tower.")
             dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+            about = describe_text_encoder(tensors) if kind == "text_encoder" else {"problems": not_numbers(tensors)}
             return {
                 "kind": kind,
                 "file": str(path),
                 "tensors": len(tensors),
                 "dtype": ", ".join(dtypes),
-                "problems": [],
-            }
-    model = load_full_clip(path)
+            } | about
+    model = load_full_clip(path, activation=activation)
     return {
         "kind": "full_clip",
         "file": str(path),
@@ -57,7 +59,7 @@ def _describe_model(path: str | os.PathLike) -> dict[str, Any]:
         "tensors": len(model.state_dict),
         "parameters": sum(tensor.numel() for tensor in model.state_dict.values()),
         "provenance": dict(model.provenance),
-        "problems": list(model.notes),
+        "problems": [note for note in model.notes if is_assumption(note)] + not_numbers(model.state_dict),
     }
 
 
@@ -102,16 +104,24 @@ def _describe_run(folder: Path) -> dict[str, Any]:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     except (ValueError, OSError) as error:
         raise UserError(f"{folder} holds a damaged run ({error}); the weights in it can still be opened.") from error
+    if not isinstance(config, dict) or "identity" not in config or not all(isinstance(line, dict) for line in lines):
+        raise UserError(f"{folder} holds files with the names of a run's, but they are another program's.")
     steps = [line for line in lines if line.get("kind") == "step"]
     return {
         "kind": "run",
         "file": str(folder),
         "settings": config.get("settings"),
+        "model": config.get("model", {}).get("provenance"),
         "data": config.get("data"),
+        "groups": config.get("groups"),
+        "device": config.get("device"),
+        "precision": config.get("precision"),
+        "batch_size": config.get("batch_size"),
+        "micro_batch": config.get("micro_batch"),
         "versions": config.get("versions"),
         "steps": len(steps),
         "total_steps": config.get("total_steps"),
-        "last_loss": steps[-1]["loss"] if steps else None,
+        "last_loss": steps[-1].get("loss") if steps else None,
         "validations": [line for line in lines if line.get("kind") == "validation"],
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -107,7 +108,8 @@ def file_fingerprint(path: str) -> tuple:
 
 
 def folder_fingerprint(folder: str) -> list[tuple]:
-    """Changes when a file in the folder does; of more than 50,000 files, only caption files and folders."""
+    """Changes when a file in the folder does; of more than 50,000 files, only caption files and folders (the node's
+    help says it)."""
     files, light = [], []
     for root, folders, names in os.walk(folder, followlinks=True):
         light.append((root, os.stat(root).st_mtime_ns))
@@ -116,7 +118,7 @@ def folder_fingerprint(folder: str) -> list[tuple]:
             path = os.path.join(root, name)
             if len(files) <= _MAX_FINGERPRINTED:
                 files.append(path)
-            if name.lower().endswith((".json", ".csv")):
+            if name.lower().endswith((".json", ".csv", ".tsv", ".txt", ".caption")):
                 light.append(file_fingerprint(path))
         if root.count(os.sep) - folder.count(os.sep) > 16:  # a folder inside its own link
             folders.clear()
@@ -141,7 +143,9 @@ def new_output_file(filename_prefix: str) -> Path:
     output = folder_paths.get_output_directory()
     target = os.path.normpath(os.path.join(output, filename_prefix))
     inside = target.startswith(os.path.join(os.path.normpath(output), ""))
-    if not inside or not os.path.basename(filename_prefix) or "\0" in filename_prefix:
+    if not os.path.basename(filename_prefix):
+        raise UserError(f"filename_prefix is {filename_prefix!r}; give a file's name too, such as clip/clip_l.")
+    if not inside or "\0" in filename_prefix:
         raise UserError(
             f"filename_prefix is {filename_prefix!r}, which is outside ComfyUI's output folder; give a name such as "
             "clip/clip_l."
@@ -207,7 +211,7 @@ class Display:
         self.next_picture = now + max(2.0, 20 * cost)
 
     def say(self, sentence: str) -> None:
-        """Add a sentence to the text under the node."""
+        """Add a sentence, or a table under a heading, to the text under the node."""
         if sentence and sentence not in self.lines:
             self.lines.append(sentence)
             self._send()
@@ -218,7 +222,16 @@ class Display:
 
     def _send(self, *more: str) -> None:
         if self.node_id is not None and PromptServer.instance is not None:
-            PromptServer.instance.send_progress_text("\n".join([*self.lines, *more]), self.node_id)
+            # The page shows the first lines, in letters of unequal width: tables go last, with dots between columns.
+            sentences = [line for line in self.lines if "\n" not in line]
+            tables = [_without_columns(line) for line in self.lines if "\n" in line]
+            text = "\n".join([*more, *reversed(sentences), *tables])
+            PromptServer.instance.send_progress_text(text, self.node_id)
+
+
+def _without_columns(table: str) -> str:
+    lines = [re.sub(r" {2,}", " · ", line.strip()) for line in table.splitlines()]
+    return "\n".join(line for line in lines if line.strip("- ·"))
 
 
 def image_tensor(picture) -> torch.Tensor:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from comfy_api.latest import io
 
-from ..engine.clip.export import require_clip_l, text_encoder_state_dict
+from ..engine.clip.export import mix_text_encoders, require_clip_l, text_encoder_state_dict
 from ..engine.clip.files import write_safetensors
 from ..engine.clip.full_clip import load_full_clip, save_full_clip
-from ..engine.clip.gmp import fold_gmp, to_gmp
+from ..engine.clip.gmp import NOTHING_TO_FOLD, fold_gmp, to_gmp
 from ..engine.clip.merge import merge_text_encoder
 from ..engine.errors import UserError
 from . import host
@@ -73,7 +72,7 @@ class FoldGmP(io.ComfyNode):
     def execute(cls, full_clip):
         folded = fold_gmp(full_clip)
         if full_clip.parameterization == "linear":
-            host.Display(cls.hidden.unique_id).say(folded.notes[-1])
+            host.Display(cls.hidden.unique_id).say(NOTHING_TO_FOLD)
         return io.NodeOutput(folded)
 
 
@@ -153,7 +152,7 @@ class ExportClipL(io.ComfyNode):
         file = host.new_output_file(filename_prefix) if save else None
         tensors, done = text_encoder_state_dict(full_clip, dtype=dtype)
         if strength != 1:
-            tensors = _mixed(host.clip_l_tensors(clip), tensors, strength)
+            tensors = mix_text_encoders(host.clip_l_tensors(clip), tensors, strength)
         # Refused before anything is written.
         swapped = host.replace_clip_l(clip, tensors) if clip is not None else None
         path = ""
@@ -165,16 +164,6 @@ class ExportClipL(io.ComfyNode):
         if swapped is None:
             swapped = host.clip_from_file(file) if file is not None else host.clip_from_tensors(tensors)
         return io.NodeOutput(swapped, path)
-
-
-def _mixed(original: dict, trained: dict, strength: float) -> dict:
-    """original + strength · (trained − original), in the trained tensors' dtypes."""
-    return {
-        name: torch.lerp(original[name].double(), tensor.double(), float(strength)).to(tensor.dtype)
-        if name in original and original[name].shape == tensor.shape
-        else tensor
-        for name, tensor in trained.items()
-    }
 
 
 class MergeTEWithVision(io.ComfyNode):

@@ -27,6 +27,8 @@ def _setting(field: dataclasses.Field, kind: type):
     common = dict(default=field.default, optional=True, tooltip=meta["help"], advanced=meta["advanced"] or None)
     if meta["choices"]:
         return io.Combo.Input(field.name, options=list(meta["choices"]), **common)
+    if kind is str:
+        return io.String.Input(field.name, **common)
     if kind is bool:
         return io.Boolean.Input(field.name, **common)
     bounds = {key: meta[key] for key in ("min", "max", "step") if meta[key] is not None}

@@ -10,13 +10,20 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked soak run only when they are asked for."""
-    if "soak" in config.option.markexpr:
-        return
+    """Tests marked soak run only when they are asked for; those that use the fixture `soak` are longer then."""
+    asked = "soak" in config.option.markexpr
     skip = pytest.mark.skip(reason="long; run with -m soak")
     for item in items:
-        if "soak" in item.keywords:
+        if "soak" in item.keywords and not asked:
             item.add_marker(skip)
+        if "soak" in getattr(item, "fixturenames", ()) and asked:
+            item.add_marker(pytest.mark.soak)
+
+
+@pytest.fixture
+def soak(pytestconfig) -> bool:
+    """Whether the long form of a test is asked for (-m soak)."""
+    return "soak" in pytestconfig.option.markexpr
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ def main() -> None:
     with Server() as server:
         prepare(server)
         for file in sorted((PACK / "workflows").glob("*.json")):
-            with server.page(size=(2400, 1500)) as page:
+            with server.page(size=(2000, 1300)) as page:
                 picture = draw(page, json.loads(file.read_text(encoding="utf-8")), file.stem)
             picture = picture.resize((WIDTH, round(picture.height * WIDTH / picture.width)), Image.Resampling.LANCZOS)
             picture.save(file.with_suffix(".jpg"), quality=85)

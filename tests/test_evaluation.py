@@ -206,3 +206,13 @@ def test_a_table_is_aligned():
         "a      1",
         "bb        22",
     ]
+
+
+def test_a_model_of_nan_is_refused_and_never_wins(tmp_path):
+    from clip_finetune.engine.evaluate.features import BrokenModel
+
+    broken = random_clip().derive({"ln_final.bias": torch.full((64,), torch.nan)}, step="broken")
+    captioned, classes = load_dataset(labels_folder(tmp_path / "a")), load_dataset(class_folder(tmp_path / "b"))
+    for measure, data in ((eval_retrieval, captioned), (eval_zero_shot, classes), (eval_typographic, classes)):
+        with pytest.raises(BrokenModel, match="not numbers"):
+            measure(broken, data)

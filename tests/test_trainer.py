@@ -3,15 +3,21 @@
 import functools
 import json
 import math
+import os
+import shutil
 
 import pytest
 import torch
-from clips import random_clip
+from clips import TINY, random_clip
 from pictures import class_folder, labels_folder
+from safetensors.torch import load_file
 
 from clip_finetune.engine import TrainConfig, UserError, load_dataset, load_full_clip, to_gmp, train
 from clip_finetune.engine.clip.files import same_bits
 from clip_finetune.engine.train.compute import choose_micro_batch
+from clip_finetune.engine.train.losses import LOSSES
+from clip_finetune.engine.train.parts import part_of
+from clip_finetune.engine.train.schedules import SCHEDULES
 from clip_finetune.engine.train.trainer import MAX_LOGIT_SCALE
 
 QUICK = dict(epochs=3, learning_rate=1e-3, batch_size=4, precision="fp32")
@@ -143,7 +149,9 @@ def test_a_crash_after_a_periodic_save_loses_only_what_came_later(model, data, t
         run(model, data, tmp_path / "run", progress=stop_after(4))
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"kind": "step", "step": 5, "loss": 1.0}) + '\n{"kind": "st')
-    (tmp_path / "run" / ".step_8.safetensors.abc.part").write_bytes(b"half")
+    part = tmp_path / "run" / ".step_8.safetensors.abc.part"
+    part.mkdir()
+    (part / "step_8.safetensors").write_bytes(b"half")
     resumed = run(model, data, tmp_path / "run")
     assert identical(resumed.full_clip, whole.full_clip)
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 10))
@@ -295,6 +303,227 @@ def test_activation_checkpointing_changes_no_number(model, data, tmp_path):
     assert [line["loss"] for line in plain.steps] == [line["loss"] for line in saving.steps]
 
 
+def test_the_same_settings_give_the_same_weights(model, data, tmp_path):
+    one, other = (run(model, data, tmp_path / name, gmp=True) for name in ("one", "other"))
+    assert identical(one.full_clip, other.full_clip)
+    assert not identical(one.full_clip, run(model, data, tmp_path / "third", gmp=True, seed=1).full_clip)
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_every_loss_learns_and_goes_on_from_a_stop_with_the_same_bits(model, data, tmp_path, loss):
+    whole = run(model, data, tmp_path / "whole", loss=loss, micro_batch=2)
+    with pytest.raises(Stop):
+        run(model, data, tmp_path / "stopped", loss=loss, micro_batch=2, progress=stop_after(5))
+    assert identical(run(model, data, tmp_path / "stopped", loss=loss, micro_batch=2).full_clip, whole.full_clip)
+    losses = [line["loss"] for line in whole.steps]
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+def test_the_rates_in_the_metrics_are_the_schedules_of_each_group(model, data, tmp_path, schedule):
+    steps = run(
+        model, data, tmp_path / "run", schedule=schedule, warmup=0.3, floor=0.1, rate_factors="vision=0.5"
+    ).steps
+    for line in steps:
+        expected = 1e-3 * SCHEDULES[schedule](line["step"] - 1, 9, 0.3, 0.1)
+        rates = line["learning_rate"]
+        assert rates["text.mlp"] == pytest.approx(expected) and rates["vision.mlp"] == pytest.approx(expected / 2)
+    assert steps[0]["grad_norms"].keys() == {name for name in rates}
+
+
+# ---- freezing --------------------------------------------------------------------------------------------------------
+
+
+def changed(before, after):
+    return {name for name, tensor in after.state_dict.items() if not torch.equal(tensor, before.state_dict[name])}
+
+
+def test_frozen_blocks_and_embeddings_keep_their_bits_and_the_rest_trains(model, data, tmp_path):
+    result = run(
+        model, data, tmp_path / "run", freeze_text_blocks=1, freeze_vision_blocks=2, freeze_embeddings=True
+    )  # fmt: skip
+    expected = {name for name in model.state_dict if name.startswith("transformer.resblocks.1.")}
+    expected |= {"ln_final.weight", "ln_final.bias", "text_projection", "logit_scale"}
+    expected |= {"visual.ln_post.weight", "visual.ln_post.bias", "visual.proj"}
+    assert changed(model, result.full_clip) == expected
+    groups = {row["group"] for row in json.loads((tmp_path / "run" / "config.json").read_text())["groups"]}
+    assert "text.embeddings" not in groups and "vision.attention" not in groups and "vision.projection" in groups
+
+
+def test_stages_unfreeze_from_the_top_down_and_freeze_really(model, data, tmp_path):
+    """Two stages of two blocks each: until half of the steps are done, neither the lower blocks nor what is before them
+    have moved, or have moments, even with weight decay."""
+    with pytest.raises(Stop):
+        run(model, data, tmp_path / "run", epochs=4, unfreeze_stages=2, weight_decay=0.5, progress=stop_after(6))
+    state = load_file(tmp_path / "run" / "step_6.safetensors")
+    moved = {name for name, tensor in model.state_dict.items() if not torch.equal(state[f"model.{name}"], tensor)}
+    lower = {name for name in model.state_dict if part_of(name, TINY).depth < 2 and name != "logit_scale"}
+    assert moved == model.state_dict.keys() - lower
+    with_moments = {name.split(".", 1)[1].rsplit(".", 1)[0] for name in state if name.startswith("optimizer.")}
+    assert with_moments == moved
+    stopped = run(model, data, tmp_path / "run", epochs=4, unfreeze_stages=2, weight_decay=0.5)
+    whole = run(model, data, tmp_path / "whole", epochs=4, unfreeze_stages=2, weight_decay=0.5)
+    assert identical(stopped.full_clip, whole.full_clip)
+    assert changed(model, whole.full_clip) == model.state_dict.keys()
+    assert any("Stage 2 of 2" in note for note in whole.notes)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(freeze_text_blocks=3), "freeze_text_blocks is 3, but the text tower has 2 blocks"),
+        (dict(unfreeze_stages=3), "unfreeze_stages is 3"),
+        (dict(scale_neurons="5:1=2"), "blocks 0 to 1"),
+        (dict(rate_factors="up=2"), "rate_factors has the entry 'up=2'"),
+    ],
+)
+def test_settings_that_the_model_does_not_fit_are_told_before_anything_is_made(model, data, tmp_path, settings, words):
+    with pytest.raises(UserError, match=words):
+        run(model, data, tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+# ---- neurons, profile, groups ----------------------------------------------------------------------------------------
+
+
+def test_a_run_with_louder_neurons_saves_what_it_validated(model, data, tmp_path):
+    from clip_finetune.engine import eval_retrieval
+
+    options = dict(validation=data, epochs=4)
+    result = run(model, data, tmp_path / "run", scale_neurons="1:7=50, 0:3=50", **options)
+    best = next(line for line in result.validations if line["step"] == result.best_step)
+    assert eval_retrieval(load_full_clip(tmp_path / "run" / "best.safetensors"), data).loss == best["loss"]
+    plain = run(model, data, tmp_path / "plain", **options)
+    assert result.validations[0] == plain.validations[0] and result.validations[-1] != plain.validations[-1]
+
+
+def test_the_profile_tells_where_the_time_went(model, data, tmp_path):
+    result = run(model, data, tmp_path / "run", profile=True, micro_batch=2)
+    table = next(note for note in result.notes if "part of a step" in note)
+    rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()[3:]}
+    assert list(rows) == ["data", "forward", "loss", "backward", "optimizer", "logging", "all"]
+    assert all(float(rows[part][0]) > 0 for part in ("forward", "backward", "optimizer", "all"))
+    assert sum(float(ms) for ms, _ in rows.values()) == pytest.approx(2 * float(rows["all"][0]), rel=0.02, abs=0.1)
+    assert identical(run(model, data, tmp_path / "plain", micro_batch=2).full_clip, result.full_clip)
+
+
+def test_what_trains_and_how_fast_is_told_and_kept(model, data, tmp_path):
+    result = run(model, data, tmp_path / "run", towers="text")
+    table = next(note for note in result.notes if note.startswith("What trains, and how fast:"))
+    rows = json.loads((tmp_path / "run" / "config.json").read_text())["groups"]
+    assert all(row["group"] in table for row in rows) and not any("vision" in row["group"] for row in rows)
+    expected = sum(t.numel() for n, t in model.state_dict.items() if not n.startswith("visual."))
+    assert sum(int(row["parameters"].replace(",", "")) for row in rows) == expected
+
+
+# ---- files that go away ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_that_is_deleted_meanwhile_is_written_again(model, data, tmp_path):
+    whole = run(model, data, tmp_path / "whole", validation=data)
+
+    def delete(progress):
+        if progress.step == 4:
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+    result = run(model, data, tmp_path / "run", validation=data, progress=delete)
+    assert any("were deleted while the training ran" in note for note in result.notes)
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 10))
+    assert identical(result.full_clip, whole.full_clip)
+    assert run(model, data, tmp_path / "run", validation=data).already_finished
+
+
+def test_a_lost_state_is_told_and_an_older_one_is_used(model, data, tmp_path):
+    whole = run(model, data, tmp_path / "whole")
+    with pytest.raises(Stop):
+        run(model, data, tmp_path / "run", progress=stop_after(7), save_every_steps=3, keep_states=3)
+    assert {file.name for file in (tmp_path / "run").glob("step_*")} == {f"step_{n}.safetensors" for n in (3, 6, 7)}
+    (tmp_path / "run" / "step_7.safetensors").unlink()
+    (tmp_path / "run" / "step_6.safetensors").write_bytes(b"half a file")
+    result = run(model, data, tmp_path / "run", keep_states=3)
+    assert any("step_6.safetensors cannot be used" in note for note in result.notes)
+    assert any("goes on from step 3" in note for note in result.notes)
+    assert identical(result.full_clip, whole.full_clip)
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 10))
+
+
+def test_a_run_without_any_state_left_begins_again_and_says_so(model, data, tmp_path):
+    with pytest.raises(Stop):
+        run(model, data, tmp_path / "run", progress=stop_after(5))
+    (tmp_path / "run" / "step_5.safetensors").unlink()
+    result = run(model, data, tmp_path / "run", on_existing="resume")
+    assert any("No saved state of this run is left" in note for note in result.notes)
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 10))
+
+
+def test_a_state_that_a_crash_left_before_the_pointer_moved_does_not_stay(model, data, tmp_path):
+    run(model, data, tmp_path / "run")
+    orphan = (tmp_path / "run" / "step_9.safetensors").read_bytes()
+    with pytest.raises(Stop):
+        run(model, data, tmp_path / "other", progress=stop_after(4))
+    (tmp_path / "other" / "step_9.safetensors").write_bytes(orphan)
+    with pytest.raises(Stop):
+        run(model, data, tmp_path / "other", progress=stop_after(6))
+    assert [file.name for file in (tmp_path / "other").glob("step_*")] == ["step_6.safetensors"]
+    assert json.loads((tmp_path / "other" / "last.json").read_text())["file"] == "step_6.safetensors"
+
+
+def test_a_best_model_that_was_deleted_is_told(model, data, tmp_path):
+    run(model, data, tmp_path / "run", validation=data)
+    (tmp_path / "run" / "best.safetensors").unlink()
+    result = run(model, data, tmp_path / "run", validation=data)
+    assert any("was deleted" in note for note in result.notes) and result.best_step == 9
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_crash_between_any_two_files_is_healed(model, data, tmp_path, monkeypatch, validated, soak):
+    """A stopped run goes on and dies before the n-th of its files is put into place; then it goes on to the same
+    bits, for every n (every fourth, unless it is a soak test)."""
+    options = dict(validation=data if validated else None, epochs=2, save_every_steps=2)
+    whole = run(model, data, tmp_path / "whole", **options)
+    with pytest.raises(Stop):
+        run(model, data, tmp_path / "stopped", progress=stop_after(3), **options)
+    replace = os.replace
+
+    def dies_at(moment):
+        count = iter(range(moment))
+
+        def dies(*names):
+            if next(count, None) is None:
+                raise Stop
+            replace(*names)
+
+        return dies
+
+    died, moment = True, 0
+    while died:
+        folder = tmp_path / str(moment)
+        shutil.copytree(tmp_path / "stopped", folder)
+        monkeypatch.setattr(os, "replace", dies_at(moment))
+        try:
+            run(model, data, folder, **options)
+            died = False
+        except Stop:
+            moment += 1 if soak else 4
+        monkeypatch.setattr(os, "replace", replace)
+        result = run(model, data, folder, **options)
+        assert identical(result.full_clip, whole.full_clip) and result.best_step == whole.best_step
+        for kind in ("step", "validation"):
+            ours, theirs = lines(folder, kind), lines(tmp_path / "whole", kind)
+            assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    assert moment > 8
+
+
+def test_a_validation_set_that_tells_nothing_is_not_used(model, data, tmp_path):
+    result = run(model, data, tmp_path / "run", validation=data.subset([0]))
+    assert result.best_step == 9 and not result.validations
+    assert any("cannot tell a better model from a worse one" in note for note in result.notes)
+
+
+def test_a_name_with_signs_of_mathematics_is_no_trouble(model, data, tmp_path):
+    assert run(model, data, tmp_path / r"price_$5_\vs_$6", epochs=1).total_steps == 3
+
+
 # ---- what goes wrong -------------------------------------------------------------------------------------------------
 
 
@@ -323,24 +552,16 @@ def test_a_broken_picture_is_left_out_and_named(model, tmp_path):
     assert result.total_steps == 9 and any("005.png" in note for note in result.notes)
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_state(data, tmp_path):
-    model = random_clip()
-
-    def poison(progress):
-        if progress.step == 4:
-            raise Stop
-
-    with pytest.raises(Stop):
-        run(model, data, tmp_path / "run", progress=poison)
-    state = tmp_path / "run" / "step_4.safetensors"
-    before = state.read_bytes()
-    broken = model.derive({"ln_final.bias": torch.full((64,), torch.nan)}, step="broken")
-    with pytest.raises(UserError, match=r"step 1 because the loss became nan.*learning_rate"):
+def test_a_loss_that_is_not_a_number_stops_at_the_first_step_and_promises_nothing(data, tmp_path):
+    broken = random_clip().derive({"ln_final.bias": torch.full((64,), torch.nan)}, step="broken")
+    with pytest.raises(UserError, match=r"step 1 because the loss became nan.*learning_rate") as told:
         run(broken, data, tmp_path / "other")
-    assert not (tmp_path / "other" / "last.json").exists() and state.read_bytes() == before
+    assert "kept" not in str(told.value) and not list((tmp_path / "other").glob("*.safetensors"))
 
 
-def test_a_loss_that_becomes_infinite_names_the_step(model, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adabelief", "adamw"])
+def test_a_loss_that_becomes_infinite_names_the_step_and_leaves_no_trace(model, data, tmp_path, monkeypatch, optimizer):
+    """Steps 7 to 9 run before the host reads the flag of step 6; the state is that of step 5 to the last bit."""
     from clip_finetune.engine.train import losses
 
     calls = []
@@ -351,12 +572,34 @@ def test_a_loss_that_becomes_infinite_names_the_step(model, data, tmp_path, monk
             return super().forward(*arguments) * (math.inf if len(calls) == 6 else 1)
 
     monkeypatch.setitem(losses.LOSSES, "infonce", losses.LossChoice(lambda *settings: Breaks(), ""))
-    with pytest.raises(UserError, match="stopped at step 6 because the loss became inf"):
-        run(model, data, tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "last.json").read_text())["step"] == 5
+    with pytest.raises(UserError, match="stopped at step 6 because the loss became inf.*kept"):
+        run(model, data, tmp_path / "run", optimizer=optimizer)
+    assert len(calls) > 6
+    assert json.loads((tmp_path / "run" / "last.json").read_text())["step"] == len(lines(tmp_path / "run")) == 5
     monkeypatch.undo()
-    whole = run(model, data, tmp_path / "whole")
-    assert identical(run(model, data, tmp_path / "run").full_clip, whole.full_clip)
+    whole = run(model, data, tmp_path / "whole", optimizer=optimizer)
+    assert identical(run(model, data, tmp_path / "run", optimizer=optimizer).full_clip, whole.full_clip)
+
+
+def test_weights_that_are_not_finite_are_never_saved(model, data, tmp_path, monkeypatch):
+    """Broken between two steps, by something that no gradient tells of."""
+    from clip_finetune.engine.train import trainer
+
+    build, networks = trainer.build_network, []
+
+    def kept(*arguments, **options):
+        networks.append(build(*arguments, **options))
+        return networks[0]
+
+    def breaks(progress):
+        if progress.step == 4:
+            networks[0].positional_embedding.data[0] = torch.inf
+            raise Stop
+
+    monkeypatch.setattr(trainer, "build_network", kept)
+    with pytest.raises(UserError, match="became infinite by step 4.*learning_rate"):
+        run(model, data, tmp_path / "run", progress=breaks, save_every_steps=2)
+    assert json.loads((tmp_path / "run" / "last.json").read_text())["step"] == 2
 
 
 def test_fp16_without_a_graphics_card_is_refused(model, data, tmp_path):

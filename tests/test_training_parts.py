@@ -7,76 +7,22 @@ import torch
 from clips import TINY, random_clip
 
 from clip_finetune.engine import UserError, build_network, to_gmp
+from clip_finetune.engine.clip.files import same_bits
 from clip_finetune.engine.train.config import DEFAULT_PRESET, GMP_PRESETS, PRESETS, TrainConfig
+from clip_finetune.engine.train.gradients import GradientMeter
 from clip_finetune.engine.train.large_batch import Side, batch_gradients
-from clip_finetune.engine.train.losses import InfoNCE, positive_pairs
-from clip_finetune.engine.train.optimizers import build_optimizer, parameter_groups, set_learning_rates
-from clip_finetune.engine.train.schedules import one_cycle
-
-# ---- loss ------------------------------------------------------------------------------------------------------------
-
-
-def features(count, width=16, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(count, width, dtype=dtype, generator=generator) for _ in range(2)]
-
-
-def test_with_distinct_pairs_the_loss_is_open_clips():
-    import open_clip
-    from torch.nn.functional import normalize
-
-    images, texts = features(12)
-    scale = torch.tensor(2.5, dtype=torch.float64)
-    theirs = open_clip.ClipLoss()(normalize(images, dim=1), normalize(texts, dim=1), scale.exp())
-    ours = InfoNCE()(images, texts, scale, torch.eye(12, dtype=torch.bool))
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
-
-
-def test_the_target_is_spread_evenly_over_the_positives():
-    """By hand in float64: pairs 0 and 2 share their picture, pairs 1 and 2 their caption."""
-    images, texts = features(4, seed=3)
-    positives = positive_pairs(torch.tensor([7, 8, 7, 9]), torch.tensor([1, 2, 2, 3]))
-    assert positives.int().tolist() == [[1, 0, 1, 0], [0, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 1]]
-    unit = [f / f.norm(dim=1, keepdim=True) for f in (images, texts)]
-    logits = (math.exp(1.5) * unit[0] @ unit[1].T).tolist()
-    total = 0.0
-    for rows in (logits, [list(column) for column in zip(*logits, strict=True)]):
-        for i, row in enumerate(rows):
-            log_sum = math.log(sum(math.exp(value) for value in row))
-            right = [j for j in range(4) if positives[i, j]]
-            total += sum(log_sum - row[j] for j in right) / len(right) / 4 / 2
-    loss = InfoNCE()(images, texts, torch.tensor(1.5, dtype=torch.float64), positives)
-    assert loss.item() == pytest.approx(total, rel=1e-12)
-
+from clip_finetune.engine.train.losses import InfoNCE
+from clip_finetune.engine.train.neurons import parse_neurons, scale_neurons
+from clip_finetune.engine.train.optimizers import (
+    build_optimizer,
+    forget_steps,
+    group_table,
+    parameter_groups,
+    set_learning_rates,
+)
+from clip_finetune.engine.train.schedules import SCHEDULES, START, one_cycle
 
 # ---- large batches ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("gmp", [False, True])
-@pytest.mark.parametrize("micro_batch", [1, 5, 8])
-def test_the_gradient_of_a_batch_does_not_depend_on_the_micro_batch(micro_batch, gmp):
-    """In float64, logit_scale included, with a last micro-batch that is smaller and pairs that share a caption."""
-    model = to_gmp(random_clip()) if gmp else random_clip()
-    images = torch.randn(16, 3, 32, 32, dtype=torch.float64)
-    tokens = torch.randint(1, 49405, (16, 77))
-    tokens[:, 12] = 49407
-    positives = torch.eye(16, dtype=torch.bool)
-    positives[3, 4] = positives[4, 3] = True
-
-    def gradients(size):
-        network = build_network(model, dtype=torch.float64)
-        sides = (Side(network.encode_image, images, True), Side(network.encode_text, tokens, True))
-        loss = batch_gradients(
-            sides, lambda i, t: InfoNCE()(i, t, network.logit_scale, positives), micro_batch=size
-        )  # fmt: skip
-        return loss, {name: parameter.grad for name, parameter in network.named_parameters()}
-
-    whole_loss, whole = gradients(16)
-    loss, parts = gradients(micro_batch)
-    torch.testing.assert_close(loss, whole_loss, rtol=1e-12, atol=0)
-    for name, gradient in whole.items():
-        assert (parts[name] - gradient).norm() <= 1e-10 * gradient.norm(), name
-    assert whole["logit_scale"].abs() > 1e-6
 
 
 def test_a_frozen_side_gets_no_gradient_and_the_other_the_same():
@@ -96,29 +42,66 @@ def test_a_frozen_side_gets_no_gradient_and_the_other_the_same():
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-14)
 
 
-# ---- schedule --------------------------------------------------------------------------------------------------------
+# ---- schedules -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("total, warmup", [(20, 0.3), (100, 0.1), (333, 0.5)])
-def test_the_schedule_is_torchs_one_cycle(total, warmup):
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.AdamW([parameter], lr=1.0, betas=(0.8, 0.9))
-    theirs = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=1.0, total_steps=total, pct_start=warmup, div_factor=25, final_div_factor=4,
-        cycle_momentum=False,
-    )  # fmt: skip
+def torchs_rates(build, total):
+    """The rates of a torch scheduler over `total` steps."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0, betas=(0.8, 0.9))
+    scheduler, rates = build(optimizer), []
     for step in range(total):
-        assert one_cycle(step, total, warmup) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), step
+        rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         if step < total - 1:
-            theirs.step()
+            scheduler.step()
+    return rates
 
 
-@pytest.mark.parametrize("total", [2, 3, 5, 10, 1000])
-def test_the_rate_starts_lower_and_ends_at_one_percent(total):
-    rates = [one_cycle(step, total, 0.1) for step in range(total)]
-    assert rates[0] == pytest.approx(1 / 25) and rates[-1] == pytest.approx(0.01)
-    assert max(rates) <= 1 and (total == 2 or max(rates) > 0.5)
+@pytest.mark.parametrize("total, warmup, floor", [(20, 0.3, 0.01), (100, 0.1, 0.001), (333, 0.5, 0.02)])
+def test_one_cycle_is_torchs(total, warmup, floor):
+    theirs = torchs_rates(
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=1.0, total_steps=total, pct_start=warmup, div_factor=25,
+            final_div_factor=1 / (25 * floor), cycle_momentum=False,
+        ),
+        total,
+    )  # fmt: skip
+    assert [one_cycle(step, total, warmup, floor) for step in range(total)] == pytest.approx(theirs, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("total, rising, floor", [(20, 5, 0.01), (101, 10, 0.1), (50, 0, 0.0)])
+def test_the_other_schedules_are_torchs(name, total, rising, floor):
+    from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, SequentialLR
+
+    rest = total - 1 - rising
+    fall = {
+        "cosine": lambda optimizer: CosineAnnealingLR(optimizer, T_max=rest, eta_min=floor),
+        "linear": lambda optimizer: LinearLR(optimizer, 1.0, floor, total_iters=rest),
+        "constant": lambda optimizer: ConstantLR(optimizer, 1.0, total_iters=rest),
+    }[name]
+
+    def build(optimizer):
+        if not rising:
+            return fall(optimizer)
+        rise = LinearLR(optimizer, START, 1.0, total_iters=rising)
+        return SequentialLR(optimizer, [rise, fall(optimizer)], [rising])
+
+    ours = [SCHEDULES[name](step, total, rising / total, floor) for step in range(total)]
+    assert ours == pytest.approx(torchs_rates(build, total), rel=1e-9, abs=1e-15)
+
+
+@pytest.mark.parametrize("name", list(SCHEDULES))
+@pytest.mark.parametrize("total", [1, 2, 3, 5, 10, 1000])
+def test_a_schedule_ends_at_its_floor_and_never_rises_above_the_peak(name, total):
+    rates = [SCHEDULES[name](step, total, 0.1, 0.01) for step in range(total)]
+    assert max(rates) <= 1 and min(rates) > 0
+    if name != "constant" and total > 1:
+        assert rates[-1] == pytest.approx(0.01)
+    if name == "one_cycle" and total > 1:
+        assert rates[0] == pytest.approx(1 / 25)
+    if total > 2:
+        assert max(rates) > 0.5
 
 
 # ---- optimizer groups ------------------------------------------------------------------------------------------------
@@ -168,6 +151,221 @@ def test_decay_is_decoupled(optimizer):
     for name, parameter in network.named_parameters():
         expected = before[name] * (1 - 0.05 * 0.5) if name in decayed else before[name]
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-6, atol=0)
+
+
+def groups_of(network, **settings):
+    return {group["name"]: group for group in parameter_groups(trainable(network), TINY, TrainConfig(**settings))}
+
+
+def test_groups_are_by_tower_and_kind():
+    network = build_network(to_gmp(random_clip()))
+    kinds = ("attention", "biases", "embeddings", "norms", "projection", "r", "theta")
+    expected = {f"{tower}.{kind}" for tower in ("text", "vision") for kind in kinds}
+    assert groups_of(network).keys() == expected | {"vision.patches", "logit_scale"}
+
+
+def test_rate_factors_multiply_and_the_fastest_group_has_the_learning_rate():
+    network = build_network(random_clip())
+    groups = groups_of(network, rate_factors="vision=0.5, embeddings = 0.1, text.mlp=4")
+    expected = {"text.mlp": 1.0, "text.attention": 0.25, "vision.attention": 0.125, "vision.embeddings": 0.0125}
+    assert {name: groups[name]["factor"] for name in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("entry", ["left=1", "vision", "text=0", "text=-1", "text=nan", "text=fast"])
+def test_a_rate_factor_that_means_nothing_is_told(entry):
+    with pytest.raises(UserError, match="rate_factors has the entry"):
+        groups_of(build_network(random_clip()), rate_factors=entry)
+
+
+def test_with_layer_decay_each_layer_learns_slower_than_the_one_above():
+    """0.5 for each layer below the top: two blocks, what is before them, and what is after them, which has depth 3."""
+    groups = groups_of(build_network(random_clip()), layer_decay=0.5)
+    factors = {name: group["factor"] for name, group in groups.items() if name.startswith("text.")}
+    expected = {"text.projection.3": 1.0, "text.mlp.2": 0.5, "text.mlp.1": 0.25, "text.embeddings.0": 0.125}
+    assert {name: factors[name] for name in expected} == expected
+    assert groups["logit_scale"]["factor"] == 1.0
+
+
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+def test_a_schedule_keeps_the_ratios_of_the_groups_and_the_betas(schedule):
+    network = build_network(random_clip())
+    config = TrainConfig(rate_factors="vision=0.5", learning_rate=0.3)
+    optimizer = build_optimizer(config, parameter_groups(trainable(network), TINY, config))
+    betas = [group["betas"] for group in optimizer.param_groups]
+    for step in range(10):
+        rates = set_learning_rates(optimizer, 0.3, SCHEDULES[schedule](step, 10, 0.3, 0.01))
+        assert rates["vision.mlp"] == pytest.approx(rates["text.mlp"] / 2)
+    assert [group["betas"] for group in optimizer.param_groups] == betas
+
+
+def test_the_table_of_groups_counts_every_parameter_once():
+    network = build_network(random_clip())
+    rows = group_table(list(groups_of(network, layer_decay=0.9).values()), 1e-3)
+    counted = sum(int(row["parameters"].replace(",", "")) for row in rows)
+    assert counted == sum(parameter.numel() for parameter in network.parameters())
+    assert next(row for row in rows if row["group"] == "text.mlp")["peak rate"] == "0.00081 to 0.0009"
+
+
+# ---- optimizers ------------------------------------------------------------------------------------------------------
+
+
+def random_parameters(dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(700, 900), (5,), (), (300, 7), (33, 1)]  # one is larger than a chunk
+    return [torch.nn.Parameter(torch.randn(shape, dtype=dtype, generator=generator)) for shape in shapes]
+
+
+def give_gradients(parameters, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator)
+
+
+def belief_groups(parameters):
+    return [
+        dict(params=parameters[:2], weight_decay=0.1),
+        dict(params=parameters[2:4], weight_decay=0.0),
+        dict(params=parameters[4:], weight_decay=0.3),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("guarded", [False, True])
+def test_adabelief_is_the_librarys_to_the_last_bit(dtype, guarded, capsys):
+    """Over 14 steps, across the switch of the rectification after the fifth, at changing rates, with a parameter that
+    joins later and one that misses steps."""
+    from adabelief_pytorch import AdaBelief
+
+    from clip_finetune.engine.train.adabelief import ChunkedAdaBelief
+
+    settings = dict(lr=1e-3, eps=1e-16, betas=(0.9, 0.999), weight_decouple=True, rectify=True, print_change_log=False)
+    theirs, ours = random_parameters(dtype), random_parameters(dtype)
+    library, chunked = AdaBelief(belief_groups(theirs), **settings), ChunkedAdaBelief(belief_groups(ours), **settings)
+    for step in range(14):
+        for parameters, optimizer in ((theirs, library), (ours, chunked)):
+            give_gradients(parameters, step)
+            parameters[3].grad = None if step < 4 else parameters[3].grad
+            parameters[4].grad = None if step % 3 == 1 else parameters[4].grad
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * (step + 1)
+        if guarded:
+            chunked.found_inf = torch.zeros(())
+        library.step()
+        chunked.step()
+    for one, other in zip(theirs, ours, strict=True):
+        assert same_bits(one.data, other.data)
+        for key in ("exp_avg", "exp_avg_var"):
+            assert same_bits(library.state[one][key], chunked.state[other][key])
+
+
+@pytest.mark.parametrize("name", ["adabelief", "adamw"])
+@pytest.mark.parametrize("steps", [2, 9])
+def test_a_braked_step_changes_nothing(name, steps):
+    """Before and after the switch of AdaBelief's rectification; the step after it is as if it had never been."""
+    config = TrainConfig(optimizer=name, learning_rate=1e-2)
+
+    def trained(braked):
+        parameters = random_parameters(torch.float32)
+        optimizer = build_optimizer(config, belief_groups(parameters))
+        optimizer.found_inf = torch.zeros(())
+        for step in range(steps + 1):
+            if step == steps and braked:
+                for parameter in parameters:
+                    parameter.grad = torch.full_like(parameter, torch.nan)
+                optimizer.found_inf = torch.ones(())
+                optimizer.step()
+                forget_steps(optimizer, 1)
+                optimizer.found_inf = torch.zeros(())
+            give_gradients(parameters, step)
+            optimizer.step()
+        return parameters, [optimizer.state[parameter] for parameter in parameters]
+
+    (ones, one_states), (others, other_states) = trained(True), trained(False)
+    for one, other, state, other_state in zip(ones, others, one_states, other_states, strict=True):
+        assert same_bits(one.data, other.data)
+        for key, value in state.items():
+            assert same_bits(value, other_state[key]) if isinstance(value, torch.Tensor) else value == other_state[key]
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+def metered():
+    network = build_network(random_clip())
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    return network, GradientMeter(parameter_groups(trainable(network), TINY, TrainConfig()), TINY)
+
+
+def test_norms_are_torchs_by_group_and_layer():
+    network, meter = metered()
+    norms = meter.measure()
+    total = torch.nn.utils.get_total_norm([parameter.grad for parameter in network.parameters()])
+    torch.testing.assert_close(norms.total, total, rtol=1e-5, atol=0)
+    by_group = dict(zip(meter.groups, norms.by_group, strict=True))
+    blocks = [network.transformer.resblocks, network.visual.transformer.resblocks]
+    attention = [p.grad for p in (*blocks[0].parameters(),) if p.ndim == 2 and p.shape[1] == 64 and p.shape[0] < 256]
+    torch.testing.assert_close(by_group["text.attention"], torch.nn.utils.get_total_norm(attention), rtol=1e-5, atol=0)
+    by_layer = dict(zip(meter.layers, norms.by_layer, strict=True))
+    block = torch.nn.utils.get_total_norm([parameter.grad for parameter in blocks[1][0].parameters()])
+    torch.testing.assert_close(by_layer[("vision", 1)], block, rtol=1e-5, atol=0)
+    torch.testing.assert_close(norms.by_layer.norm(), norms.total, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e6])
+def test_clipping_is_torchs(limit):
+    (one, meter), (other, _) = metered(), metered()
+    meter.clip(meter.measure(), limit)
+    torch.nn.utils.clip_grad_norm_(other.parameters(), limit)
+    for ours, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=0)
+
+
+def test_a_layer_whose_gradient_explodes_or_vanishes_is_named():
+    network, meter = metered()
+    assert meter.warnings(meter.measure().by_layer.tolist()) == []
+    for parameter in network.visual.transformer.resblocks[1].parameters():
+        parameter.grad *= 1e4
+    for parameter in network.transformer.resblocks[0].parameters():
+        parameter.grad *= 1e-9
+    said = meter.warnings(meter.measure().by_layer.tolist())
+    assert len(said) == 2
+    assert "explodes in block 1 of the vision tower" in said[1] and "learning_rate" in said[1]
+    assert "vanishes in block 0 of the text tower" in said[0] and "precision" in said[0]
+
+
+def test_the_place_of_a_gradient_that_is_not_a_number_is_named():
+    network, meter = metered()
+    network.transformer.resblocks[1].mlp.c_fc.bias.grad[3] = torch.inf
+    assert meter.broken_place(meter.measure().by_layer.tolist()) == "first in block 1 of the text tower"
+
+
+# ---- neurons ---------------------------------------------------------------------------------------------------------
+
+
+def test_named_units_are_louder_while_training_and_only_then():
+    """Against the same scaling written into the weights: c_fc's output unit times a factor, before the activation."""
+    network = build_network(random_clip())
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        plain = network.eval().encode_image(images)
+        network.train()
+        scale_neurons(network, parse_neurons("1:7=100, 0:3=-2.5, 1:200=3", TINY))
+        loud, validated = network.encode_image(images), network.eval().encode_image(images)
+        by_weights = build_network(random_clip())
+        for block, unit, factor in ((1, 7, 100), (0, 3, -2.5), (1, 200, 3)):
+            layer = by_weights.visual.transformer.resblocks[block].mlp.c_fc
+            layer.weight[unit] *= factor
+            layer.bias[unit] *= factor
+        torch.testing.assert_close(loud, by_weights.encode_image(images), rtol=1e-4, atol=1e-5)
+    assert torch.equal(validated, plain) and not torch.allclose(loud, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("text, words", [("2:0=1", "blocks 0 to 1"), ("0:256=1", "units 0 to 255"), ("0=1", "entry")])
+def test_units_that_are_not_there_are_told(text, words):
+    with pytest.raises(UserError, match=words):
+        parse_neurons(text, TINY)
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

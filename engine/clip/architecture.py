@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +23,9 @@ Parameterization = Literal["linear", "gmp"]
 
 ASSUMED_ACTIVATION = (
     "The file does not say which activation it was trained with; QuickGELU (OpenAI's) is assumed. "
-    "If this model is one of LAION's, set the activation to gelu."
+    "If this model is one of LAION's, set the activation to gelu (on the command line: --activation gelu)."
 )
+_ASSUMED_HEADS = "The number of attention heads is not in the file"
 _BLOCK = re.compile(r"^(visual\.)?transformer\.resblocks\.(\d+)\.")
 
 
@@ -167,14 +168,18 @@ def architecture_from_shapes(
     if heads is None:
         heads = (max(1, vision_width // 64), max(1, text_width // 64))
         notes.append(
-            f"The number of attention heads is not in the file; {heads[0]} (vision) and {heads[1]} (text) are assumed, "
-            "one for each 64 channels."
+            f"{_ASSUMED_HEADS}; {heads[0]} (vision) and {heads[1]} (text) are assumed, one for each 64 channels."
         )
     if activation is None:
         activation = "quick_gelu"
         notes.append(ASSUMED_ACTIVATION)
     architecture = Architecture(**sizes, vision_heads=heads[0], text_heads=heads[1], activation=activation)
     return architecture, tuple(notes)
+
+
+def is_assumption(note: str) -> bool:
+    """Whether a note of a FullCLIP tells of something that had to be assumed, and may be wrong."""
+    return note == ASSUMED_ACTIVATION or note.startswith(_ASSUMED_HEADS)
 
 
 def _layers(shapes: Mapping[str, Shape], prefix: str) -> int:
@@ -189,7 +194,7 @@ def check_shapes(shapes: Mapping[str, Shape], architecture: Architecture) -> Non
     extra = [name for name in shapes if name not in expected]
     wrong = [name for name in expected if name in shapes and tuple(shapes[name]) != expected[name]]
     if missing:
-        raise UserError(f"{_count(missing, 'tensor')} of a full CLIP missing, the first is {missing[0]}.")
+        raise UserError(f"{counted(missing, 'tensor')} of a full CLIP missing, the first is {missing[0]}.")
     if wrong:
         name = wrong[0]
         raise UserError(
@@ -197,10 +202,11 @@ def check_shapes(shapes: Mapping[str, Shape], architecture: Architecture) -> Non
             + (f" (and {len(wrong) - 1} more like it)." if len(wrong) > 1 else ".")
         )
     if extra:
-        raise UserError(f"{_count(extra, 'tensor')} there that a CLIP does not have, the first is {extra[0]}.")
+        raise UserError(f"{counted(extra, 'tensor')} there that a CLIP does not have, the first is {extra[0]}.")
 
 
-def _count(names: list[str], noun: str) -> str:
+def counted(names: Sequence[str], noun: str) -> str:
+    """1 tensor is, 2 tensors are."""
     return f"1 {noun} is" if len(names) == 1 else f"{len(names)} {noun}s are"
 
 

@@ -17,6 +17,7 @@ from .full_clip import FullCLIP, cast
 from .gmp import fold_gmp
 
 # (width, layers, MLP width, heads) of the text towers that diffusion models load, and the activation their hosts use.
+_PROJECTION = "text_projection.weight"
 CLIP_L = (768, 12, 3072, 12)
 CLIP_G = (1280, 32, 5120, 20)
 _HOST_ACTIVATION = {CLIP_L: ("CLIP-L", "quick_gelu"), CLIP_G: ("CLIP-G", "gelu")}
@@ -62,6 +63,28 @@ def export_text_encoder(full_clip: FullCLIP, path: str | os.PathLike, *, dtype: 
         raise UserError(f"{path} must end in .safetensors.")
     tensors, _ = text_encoder_state_dict(full_clip, dtype=dtype)
     return write_safetensors(tensors, path, {"format": "pt"})
+
+
+def mix_text_encoders(
+    original: Mapping[str, Tensor], trained: Mapping[str, Tensor], strength: float
+) -> dict[str, Tensor]:
+    """original + strength · (trained − original), in the trained tensors' dtypes; both under Hugging Face's names.
+
+    The projection stays the trained one: text encoders of image programs carry none that can be trusted. Raises
+    `UserError` if the two differ in shape or the mix holds values that are not numbers.
+    """
+    mixed = {_PROJECTION: trained[_PROJECTION]}
+    for name in trained.keys() - mixed.keys():
+        tensor = trained[name]
+        if name not in original or original[name].shape != tensor.shape:
+            raise UserError(f"The connected CLIP-L has no {name} of this shape, so the two cannot be mixed.")
+        mixed[name] = torch.lerp(original[name].double(), tensor.double(), float(strength)).to(tensor.dtype)
+        if not torch.isfinite(mixed[name]).all():
+            raise UserError(
+                f"The mixed text encoder was not made: {name} would hold values that are not numbers. "
+                "Lower strength, choose dtype fp32, or connect another clip."
+            )
+    return {name: mixed[name] for name in trained}
 
 
 def text_shapes(architecture: Architecture) -> Mapping[str, tuple[int, ...]]:

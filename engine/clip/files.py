@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,10 +27,10 @@ def read_tensors(path: str | os.PathLike, *, in_memory: bool = False) -> tuple[d
     Nothing in a file is executed: torch's files are read by its `weights_only` loader, which refuses everything that
     is not a tensor. Raises `UserError` with the file and the way out.
     """
-    path = Path(path)
+    given, path = path, Path(path)
     if not path.is_file():
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}; give the path of a model file.")
+        raise UserError(f"{given} {what}; give the path of a model file.")
     if path.suffix.lower() in (".pt", ".pth", ".bin", ".ckpt"):
         return _read_torch(path), {}
     return _read_safetensors(path, in_memory)
@@ -46,23 +47,21 @@ def _read_safetensors(path: Path, in_memory: bool) -> tuple[dict[str, Tensor], d
         raise UserError(
             f"{path} is not a whole safetensors file ({error}); download or save it again, or choose another file."
         ) from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
+    except (OSError, RuntimeError) as error:  # the latter from torch, for a file that cannot be mapped
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({reason}).") from error
     if in_memory:
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     return tensors, metadata
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
-    import pickle
-
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # damaged files make torch raise whatever its readers stumble over
         raise UserError(
-            f"{path} is not a plain file of weights, and nothing else in it is ever run ({reason[:200]}); "
-            "use a .safetensors file of this model."
+            f"{path} is not a whole file of plain weights, and nothing else in it is ever run; use a .safetensors file "
+            "of this model."
         ) from error
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
@@ -105,15 +104,17 @@ def write_json(path: str | os.PathLike, value) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: Path, size: int = 0):
-    """Gives a name beside `path` to write to; on success the file is synced to the disk and moved to `path`.
+    """Gives a name to write to, in a folder beside `path`; on success the file is synced to the disk and moved there.
 
-    `size` is what will be written, in bytes.
+    `size` is what will be written, in bytes. A process that is killed leaves the folder (see `remove_parts`), with all
+    that its writer, which may have half-written files of its own, left in it.
     """
     from safetensors import SafetensorError
 
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART_SUFFIX}")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART_SUFFIX}")
+    beside = part / path.name
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        part.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
             mode = os.fstat(file.fileno()).st_mode
         yield beside
@@ -132,7 +133,13 @@ def replacing(path: Path, size: int = 0):
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} could not be written ({reason}); choose a folder that you can write to.") from error
     finally:
-        beside.unlink(missing_ok=True)
+        shutil.rmtree(part, ignore_errors=True)  # what could not be made cannot be removed
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what killed processes left half written in a folder."""
+    for part in folder.glob(f".*{PART_SUFFIX}"):
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:

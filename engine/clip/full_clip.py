@@ -24,14 +24,13 @@ from .architecture import (
     Parameterization,
     architecture_from_shapes,
     check_shapes,
+    is_assumption,
     parameterization_of,
 )
 from .files import read_tensors, write_safetensors
 
 METADATA_KEY = "clip_finetune"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-# Bookkeeping that some programs store among the weights.
-_NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,7 +100,7 @@ def load_full_clip(
     """
     if activation not in ("auto", "quick_gelu", "gelu"):
         raise UserError(f"The activation {activation!r} is not known; choose auto, quick_gelu or gelu.")
-    path, known = _find(source)
+    path, known = find_file(source)
     tensors, metadata = read_tensors(path, in_memory=in_memory)
     ours = _our_metadata(metadata, path)
     config = _hf_config(path)
@@ -143,7 +142,8 @@ def file_metadata(full_clip: FullCLIP) -> dict[str, str]:
         "activation": full_clip.architecture.activation,
         "parameterization": full_clip.parameterization,
         "provenance": dict(full_clip.provenance),
-        "notes": list(full_clip.notes),
+        # What was done on the way here is history; what had to be assumed stays true of the file.
+        "notes": [note for note in full_clip.notes if is_assumption(note)],
     }
     return {"format": "pt", METADATA_KEY: json.dumps(about)}
 
@@ -174,12 +174,16 @@ def kind_of(tensor_names: Iterable[str]) -> str:
     return "text_encoder" if text else "vision_encoder" if vision else "unknown"
 
 
-def _find(source: str | os.PathLike) -> tuple[Path, Activation | None]:
-    """The file behind a path or a name, and the activation where the name tells it."""
+def find_file(source: str | os.PathLike) -> tuple[Path, Activation | None]:
+    """The file behind a path, a folder or a name, and the activation where the name tells it."""
     path = Path(source)
     if path.is_dir():
+        if not (path / "model.safetensors").is_file():
+            raise UserError(f"{source} is a folder without a model.safetensors in it; give the path of a model file.")
         return path / "model.safetensors", None
-    if path.exists() or path.suffix:
+    if not path.exists() and path.suffix:
+        raise UserError(f"{source} does not exist; give the path of a model file.")
+    if path.exists():
         return path, None
     model, slash, tag = str(source).replace("\\", "/").partition("/")
     if not slash or "/" in tag:
@@ -211,7 +215,11 @@ def _our_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | N
         return None
     try:
         ours = json.loads(metadata[METADATA_KEY])
-        if isinstance(ours["architecture"], dict):
+        if (
+            isinstance(ours["architecture"], dict)
+            and isinstance(ours.get("provenance", {}), dict)
+            and isinstance(ours.get("notes", []), list)
+        ):
             return ours
     except (ValueError, KeyError, TypeError):
         pass
@@ -229,7 +237,7 @@ def _hf_config(path: Path) -> dict[str, Any] | None:
         return None  # some other program's file
     if not isinstance(config, dict) or config.get("model_type") != "clip":
         return None
-    text, vision = config.get("text_config", {}), config.get("vision_config", {})
+    text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
     # Hugging Face leaves out what equals its defaults, which are those of ViT-B/32.
     return {
         "activation": text.get("hidden_act", "quick_gelu"),
@@ -248,14 +256,12 @@ def _to_openai_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 "training_state": "this is the saved state of a training run; open best.safetensors beside it.",
             }.get(kind, "this is not a CLIP: it has neither a text tower nor a vision tower.")
         )
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    tensors = names.unwrapped(tensors)
     if any(name.startswith("text_model.") for name in tensors):
         try:
             tensors = names.from_hf(tensors)
         except KeyError as error:
             raise UserError(f"this is not a full CLIP: the tensor {error.args[0]} is missing.") from error
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in _NOT_WEIGHTS}
     odd = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
     if odd:
         raise UserError(f"the tensor {odd[0]} holds {tensors[odd[0]].dtype}, which is not a weight.")

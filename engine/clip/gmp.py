@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .full_clip import FullCLIP
 
+NOTHING_TO_FOLD = "This model is not in GmP form; there was nothing to fold."
 _LAYERS = (".mlp.c_fc", ".mlp.c_proj")
 
 
@@ -52,8 +53,9 @@ def to_gmp(full_clip: FullCLIP) -> FullCLIP:
 def fold_gmp(full_clip: FullCLIP) -> FullCLIP:
     """The same model with plain weights, each in its bias's dtype; a model that is plain comes back with a note."""
     if full_clip.parameterization == "linear":
-        note = "This model is not in GmP form; there was nothing to fold."
-        return full_clip if note in full_clip.notes else full_clip.derive({}, step="fold: nothing to do", notes=[note])
+        if NOTHING_TO_FOLD in full_clip.notes:
+            return full_clip
+        return full_clip.derive({}, step="fold: nothing to do", notes=[NOTHING_TO_FOLD])
     state, changed, dropped = full_clip.state_dict, {}, []
     for name in state:
         layer = name.removesuffix(".theta")

@@ -13,7 +13,7 @@ from ..errors import UserError
 from . import names
 from .architecture import check_shapes
 from .files import read_tensors
-from .full_clip import FullCLIP
+from .full_clip import FullCLIP, find_file
 from .gmp import fold_gmp
 
 _PROJECTION = "text_projection.weight"
@@ -33,9 +33,9 @@ def merge_text_encoder(
     """
     if not isinstance(text_encoder, Mapping):
         source = str(text_encoder)
-        text_encoder, _ = read_tensors(text_encoder)
+        text_encoder, _ = read_tensors(find_file(text_encoder)[0])
     base = fold_gmp(full_clip) if full_clip.parameterization == "gmp" else full_clip
-    text = _find_text_tower(text_encoder, source)
+    text = _find_text_tower(names.unwrapped(text_encoder), source)
     projection = text.pop(_PROJECTION, None)
     tower = _to_openai(text, source)
     _check(tower, base, source)
@@ -129,7 +129,7 @@ def _warnings(tower: Mapping[str, Tensor], projection: Tensor | None, base: Full
 
 
 def _is_identity(projection: Tensor) -> bool:
-    return torch.equal(projection, torch.eye(*projection.shape))
+    return projection.ndim == 2 and torch.equal(projection, torch.eye(*projection.shape))
 
 
 def _looks_swapped(tower: Mapping[str, Tensor], base: FullCLIP, layer: int) -> bool:

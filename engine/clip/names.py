@@ -40,14 +40,26 @@ _FROM_OUTSIDE = {hf: openai for openai, hf in _OUTSIDE.items()}
 _FROM_TRANSPOSED = {hf: openai for openai, hf in _TRANSPOSED.items()}
 _SPLIT = re.compile(r"^(.*)\.self_attn\.([qkv])_proj\.(weight|bias)$")
 
-# What stands before Hugging Face's `text_model.` names in SDXL and SD1.5 checkpoints, in CLIPs that ComfyUI saved, and
-# in a text encoder's own file.
+# What stands before Hugging Face's `text_model.` names in SDXL and SD1.5 checkpoints, in CLIPs that ComfyUI saved, in
+# SD3 checkpoints, and in a text encoder's own file.
 TEXT_ENCODER_PREFIXES = (
     "conditioner.embedders.0.transformer.",
     "cond_stage_model.transformer.",
     "clip_l.transformer.",
+    "text_encoders.clip_l.transformer.",
     "",
 )
+
+
+# Bookkeeping that some programs store among the weights.
+_NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
+
+
+def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without bookkeeping, and without the `module.` that training on several graphics cards leaves before names."""
+    if tensors and all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in tensors.items() if name not in _NOT_WEIGHTS}
 
 
 def is_text_name(name: str) -> bool:

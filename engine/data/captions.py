@@ -115,6 +115,8 @@ def picture_suffixes() -> frozenset[str]:
     registered = Image.registered_extensions()
     # Pillow knows these by name only: it cannot decode them.
     stubs = {kind for kind, (opener, _) in Image.OPEN.items() if _derives(opener, ImageFile.StubImageFile)} | {"MPEG"}
+    # Read by starting another program, Ghostscript; nothing that lies in a data set is ever run.
+    stubs.add("EPS")
     return frozenset(suffix for suffix, kind in registered.items() if kind in Image.OPEN and kind not in stubs)
 
 
@@ -221,7 +223,7 @@ def _table(file: Path) -> dict[str, str] | str:
             if columns is None:
                 return f"is a table that begins with the line {header.strip()[:60]!r}"
             image, caption, mark = columns
-            for row in csv.reader(stream, delimiter=mark):
+            for row in csv.reader(stream, delimiter=mark, strict=True):
                 name = row[image].strip() if len(row) > image else ""
                 if name:
                     captions.setdefault(name, []).append(row[caption] if len(row) > caption else "")

@@ -212,5 +212,5 @@ def _original(dataset: ClipDataset, index: int) -> str:
 
 def _rank(name: str, seed: int) -> float:
     """A number from 0 to 1 that the name and the seed decide."""
-    digest = hashlib.sha256(f"{seed}\0{name}".encode("utf-8", "surrogateescape")).digest()
+    digest = hashlib.sha256(f"{seed}\0{name}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 
 import torch
 from torch import Tensor
@@ -13,10 +12,16 @@ from ..errors import UserError
 # OpenAI's, the same for every model of this shape (github.com/openai/CLIP, clip/clip.py).
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+_TOO_LARGE = "it is far too large for a photograph"
+_LONGEST = 64  # times its shorter side
 
 
 class BrokenImage(UserError):
     """A file that is not a whole picture; the text is the reason."""
+
+
+class MissingImage(BrokenImage):
+    """There is no such file."""
 
 
 def load_image(path: str | os.PathLike, image_size: int) -> Tensor:
@@ -35,25 +40,38 @@ def _decode(path: str | os.PathLike):
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                picture = ImageOps.exif_transpose(opened)
-                if picture.mode.startswith("I;16"):
-                    picture = picture.point(lambda value: value / 256).convert("L")
-                if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                    picture = picture.convert("RGBA")
-                    white = Image.new("RGBA", picture.size, "white")
-                    picture = Image.alpha_composite(white, picture)
-                return picture.convert("RGB")
+        with Image.open(path) as opened:
+            if Image.MAX_IMAGE_PIXELS and opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
+                raise BrokenImage(_TOO_LARGE)
+            picture = _not_too_long(ImageOps.exif_transpose(opened))
+            if picture.mode.startswith("I"):  # 16 bits, whatever Pillow calls it
+                picture = picture.point(lambda value: value / 256).convert("L")
+            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture)
+            return picture.convert("RGB")
+    except BrokenImage:
+        raise
     except FileNotFoundError as error:
-        raise BrokenImage("the file is not there") from error
+        raise MissingImage("the file is not there") from error
     except UnidentifiedImageError as error:
         raise BrokenImage("it is not a picture that Pillow can open") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BrokenImage("it is far too large for a photograph") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, ZeroDivisionError) as error:
+    except Image.DecompressionBombError as error:
+        raise BrokenImage(_TOO_LARGE) from error
+    except Exception as error:  # damaged files make Pillow's readers raise whatever they stumble over
         raise BrokenImage(f"it cannot be decoded ({error})") from error
+
+
+def _not_too_long(picture):
+    """The middle of a picture that is so long that its resized whole, of which the middle is cut, would fill memory."""
+    width, height = picture.size
+    limit = _LONGEST * min(width, height)
+    if max(width, height) <= limit:
+        return picture
+    kept_width, kept_height = min(width, limit), min(height, limit)
+    left, top = (width - kept_width) // 2, (height - kept_height) // 2
+    return picture.crop((left, top, left + kept_width, top + kept_height))
 
 
 def normalize(images_u8_bchw: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .dataset import ClipDataset
-from .images import BrokenImage, load_image
+from .images import BrokenImage, MissingImage, load_image
 from .tokens import Tokenizer
 
 T = TypeVar("T")
@@ -144,6 +144,11 @@ class _Pictures:
             return self.kept[index]
         try:
             image = load_image(self.dataset.path(index), self.image_size)
+        except MissingImage as error:
+            raise UserError(
+                f"{self.dataset.path(index)} was there when the training began and is gone; put it back and start the "
+                "same run again: it goes on from where it is. Without the picture it is another run."
+            ) from error
         except BrokenImage as error:
             with self.lock:
                 self.broken[self.dataset.names[index]] = str(error)

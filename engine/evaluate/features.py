@@ -47,7 +47,7 @@ class Encoder:
         return cls(network, a.image_size, Tokenizer(a.context_length, a.vocab_size), device, **callbacks)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """float32 [n, d] on the CPU, each row of length 1."""
+        """float32 [n, d] on the CPU, each row of length 1. Raises `BrokenModel`, as `images` does."""
         parts = []
         for start in range(0, len(texts), BATCH):
             self.check_cancelled()
@@ -69,8 +69,18 @@ class Encoder:
         return indices, torch.cat(parts) if parts else torch.zeros(0, 1)
 
 
+class BrokenModel(UserError):
+    """A model whose features are not numbers: compared with anything they are neither better nor worse."""
+
+
 def _unit(features: Tensor) -> Tensor:
-    return F.normalize(features.float(), dim=1).cpu()
+    unit = F.normalize(features.float(), dim=1).cpu()
+    if not torch.isfinite(unit).all():
+        raise BrokenModel(
+            "The model computes values that are not numbers (NaN or infinite), so nothing can be measured with it; its "
+            "weights are damaged, or its training broke. Use a model from before that."
+        )
+    return unit
 
 
 @dataclasses.dataclass(frozen=True)

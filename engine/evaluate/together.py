@@ -20,6 +20,7 @@ def evaluate(
     dataset: ClipDataset,
     *,
     templates: str = "openai-80",
+    activation: str = "auto",
     device: torch.device | str | None = None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> list[dict[str, Any]]:
@@ -29,7 +30,7 @@ def evaluate(
     """
     results, told = [], set()
     for name, source in models:
-        full_clip = source if isinstance(source, FullCLIP) else load_full_clip(source)
+        full_clip = source if isinstance(source, FullCLIP) else load_full_clip(source, activation=activation)
         file = None if isinstance(source, FullCLIP) else str(source)
         result: dict[str, Any] = {"name": name, "file": file}
         measured = []

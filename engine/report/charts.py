@@ -54,7 +54,7 @@ def bar_chart(groups: Mapping[str, Mapping[str, float]], *, title: str = ""):
         drawn = axes.bar(xs, values, width * 0.92, color=colours[number % len(colours)], label=name)
         labels = ["" if math.isnan(value) else f"{value:.1f}" for value in values]
         axes.bar_label(drawn, labels, color=_INK, fontsize=12 if len(groups) * len(names) <= 12 else 9, padding=2)
-    axes.set_xticks(range(len(groups)), list(groups), fontsize=13 if len(groups) <= 5 else 10)
+    axes.set_xticks(range(len(groups)), list(groups), fontsize=13 if len(groups) <= 5 else 10, parse_math=False)
     axes.set_ylabel("percent")
     axes.set_ylim(0, 112)
     axes.set_yticks(range(0, 101, 20))
@@ -91,7 +91,7 @@ def _figure(title: str):
     figure = Figure(figsize=_SIZE, dpi=_DPI, facecolor=_GROUND, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(facecolor=_GROUND)
-    axes.set_title(title, color=_INK, fontsize=15, wrap=True)
+    axes.set_title(title, color=_INK, fontsize=15, wrap=True, parse_math=False)  # a run's name may hold a $
     axes.tick_params(colors=_INK, labelsize=13)
     axes.xaxis.label.set(color=_INK, fontsize=14)
     axes.yaxis.label.set(color=_INK, fontsize=14)
@@ -106,7 +106,7 @@ def _legend(axes, **where) -> None:
     legend = axes.legend(**({"loc": "upper right"} | where), fontsize=13, framealpha=0.8, facecolor=_GROUND)
     legend.get_frame().set_edgecolor(_FAINT)
     for text in legend.get_texts():
-        text.set_color(_INK)
+        text.set(color=_INK, parse_math=False)
 
 
 def _picture(figure):

@@ -15,8 +15,18 @@ _KEPT_PER_VALUE, _KEPT_CHECKPOINTED = 20, 2
 _CPU_BUDGET = 4e9
 
 
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def resolve_device(device: torch.device | str | None) -> torch.device:
+    """The device that is meant, CUDA where there is one if none is; raises `UserError` for one that is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        # Making a tensor there is the only sure sign that a device works.
+        return torch.zeros(1, device=device).add_(1).cpu() is not None and torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"The device {str(device)!r} cannot be used here ({str(error).strip().splitlines()[0]}); choose cpu, or "
+            "cuda where there is an NVIDIA or AMD graphics card."
+        ) from error
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

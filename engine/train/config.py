@@ -53,7 +53,7 @@ class TrainConfig:
     )  # fmt: skip
     micro_batch: int = _option(
         0, "Pairs that go through the model at once; changes memory and speed, never the result's mathematics. "
-        "0 chooses by the memory there is.", min=0, max=65_536,
+        "0 chooses by the memory there is.", min=0, max=65_536, bookkeeping=True,
     )  # fmt: skip
     precision: str = _option(
         "auto", "Number format of the computation; weights are kept in fp32. auto: bf16 where it is fast, else fp32.",

@@ -30,7 +30,8 @@ def check_settings(model: FullCLIP, config: TrainConfig) -> None:
 
 
 def present_pictures(dataset: ClipDataset, what: str, notes: Notes) -> ClipDataset:
-    """Without the entries whose picture is not there."""
+    """Without the entries whose picture is not there; what was left out when it was opened is told too."""
+    notes.extend(dataset.notes)
     missing = dataset.missing()
     if not missing:
         return dataset
@@ -40,6 +41,21 @@ def present_pictures(dataset: ClipDataset, what: str, notes: Notes) -> ClipDatas
     )
     gone = set(missing)
     return dataset.subset([index for index in range(len(dataset)) if index not in gone])
+
+
+def useful_validation(dataset: ClipDataset | None, notes: Notes) -> ClipDataset | None:
+    """The validation set, or None where it cannot tell one model from another."""
+    if dataset is None or not len(dataset):
+        return None
+    dataset = present_pictures(dataset, "validation", notes)
+    captions = {caption for index in range(len(dataset)) for caption in dataset.training_captions(index)}
+    if len(dataset) < 2 or len(captions) < 2:
+        notes.append(
+            f"The validation set has {len(dataset)} picture(s) with {len(captions)} different caption(s), which cannot "
+            "tell a better model from a worse one; nothing is validated, and the last weights count as the best."
+        )
+        return None
+    return dataset
 
 
 def fitting_batch_size(config: TrainConfig, train_set: ClipDataset, notes: Notes) -> int:

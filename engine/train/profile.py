@@ -39,7 +39,7 @@ class Profile:
         return [
             {
                 "part of a step": part,
-                "ms": f"{1000 * seconds / max(self.steps, 1):.1f}",
+                "ms": f"{1000 * seconds / max(self.steps, 1):.2f}",
                 "share": f"{seconds / total:.1%}" if total else "",
             }
             for part, seconds in [*self.seconds.items(), ("all", total)]

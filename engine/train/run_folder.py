@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..clip.files import PART_SUFFIX, read_tensors, write_json, write_safetensors, write_text
+from ..clip.files import PART_SUFFIX, read_tensors, remove_parts, write_json, write_safetensors, write_text
 from ..errors import UserError
 from .config import TrainConfig
 from .lock import LOCK_NAME, FolderLock, lock_folder
@@ -63,17 +63,20 @@ class RunFolder:
 
     def identity(self) -> dict[str, Any] | None:
         """The identity of the run that lives here; None if none does."""
-        return self._read_json(self.config_file).get("identity") if self.config_file.is_file() else None
+        found = self._read_json(self.config_file).get("identity") if self.config_file.is_file() else None
+        return found if isinstance(found, dict) else None
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
     def save_state(self, step: int, tensors: Mapping[str, Tensor], info: Mapping[str, Any], keep: int) -> None:
-        """Write the state after optimizer step `step`, point `last.json` at it, then remove all but `keep` states."""
+        """Write the state after optimizer step `step`, point `last.json` at it, then remove all but the newest `keep`
+        states up to it, and any later one: a crash left that before the pointer moved."""
         file = self.path / f"step_{step}.safetensors"
         write_safetensors(tensors, file, {STATE_KEY: json.dumps(info)})
         write_json(self.pointer_file, {"file": file.name, "step": step})
-        for old in self._states()[keep:]:
-            old.unlink(missing_ok=True)
+        kept = [state for state in self._states() if _step_of(state) <= step][:keep]
+        for state in set(self._states()) - set(kept):
+            state.unlink(missing_ok=True)
 
     def load_state(self, say: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and info of the state that `last.json` names, else of the newest older one that is whole; None if
@@ -104,11 +107,14 @@ class RunFolder:
     # ---- metrics ---------------------------------------------------------------------------------------------------
 
     def log(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Append lines to metrics.jsonl; raises `UserError` where that cannot be done."""
+        """Append lines to metrics.jsonl, all of them or none; raises `UserError` where that cannot be done."""
+        before = self.metrics_bytes()
         try:
             with open(self.metrics_file, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(record) + "\n" for record in records))
         except OSError as error:
+            if self.metrics_bytes() > before:
+                os.truncate(self.metrics_file, before)
             raise UserError(
                 f"{self.metrics_file} could not be written ({error.strerror}); free some space or choose a folder that "
                 "you can write to, and start the same run again: it goes on from its last saved state."
@@ -144,24 +150,19 @@ class RunFolder:
 
     def cut_metrics(self, size: int) -> None:
         """Forget the lines after byte `size`: what came after the state that the run goes on from. The file is there
-        afterwards."""
+        afterwards, and ends with a whole line."""
         self.log([])
-        if self.metrics_bytes() > size:
-            os.truncate(self.metrics_file, size)
+        text = self.metrics_file.read_bytes()[:size]
+        os.truncate(self.metrics_file, text.rfind(b"\n") + 1)
 
     # ---- clearing --------------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
         """Remove this run's files (and only those)."""
-        mine = (self.pointer_file, self.config_file, self.metrics_file, self.best_file, self.chart_file)
-        for file in (*mine, *self._states()):
+        mine = (self.pointer_file, *self._states(), self.metrics_file, self.best_file, self.chart_file)
+        for file in (*mine, self.config_file):  # last, so that a folder that is half cleared still is a run's
             file.unlink(missing_ok=True)
-        self.remove_parts()
-
-    def remove_parts(self) -> None:
-        """Remove half-written files that a crash left behind."""
-        for part in self.path.glob(f".*{PART_SUFFIX}"):
-            part.unlink(missing_ok=True)
+        remove_parts(self.path)
 
     def _read_json(self, file: Path) -> dict[str, Any]:
         try:
@@ -267,7 +268,10 @@ def _is_busy(folder: Path) -> UserError:
 
 
 def _is_free(folder: Path) -> bool:
-    return not folder.exists() or (folder.is_dir() and all(file.name == LOCK_NAME for file in folder.iterdir()))
+    """Whether nothing is in a folder but what a training that was killed at its very beginning leaves."""
+    if not folder.is_dir():
+        return not folder.exists()
+    return all(file.name == LOCK_NAME or file.name.endswith(PART_SUFFIX) for file in folder.iterdir())
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..clip.files import replacing
+from ..clip.files import remove_parts, replacing
 from ..clip.full_clip import FullCLIP, load_full_clip, save_full_clip
 from ..clip.network import build_network
 from ..data.dataset import ClipDataset
@@ -21,12 +22,12 @@ from ..data.images import normalize
 from ..data.loader import Batch, TrainLoader
 from ..data.tokens import Tokenizer
 from ..errors import UserError
-from ..evaluate.features import Encoder
+from ..evaluate.features import BrokenModel, Encoder
 from ..evaluate.retrieval import retrieval_of
 from ..report.charts import loss_chart
 from ..report.tables import table
 from . import checkpoints
-from .compute import autocast, choose_micro_batch, default_device, out_of_memory, resolve_precision
+from .compute import autocast, choose_micro_batch, out_of_memory, resolve_device, resolve_precision
 from .config import TrainConfig
 from .description import describe_run
 from .freezing import stage_at, trains_at_all, trains_in_stage
@@ -37,7 +38,7 @@ from .metrics import PendingSteps
 from .neurons import parse_neurons, scale_neurons
 from .optimizers import build_optimizer, forget_steps, group_table, parameter_groups, set_learning_rates
 from .parts import SCALARS
-from .preparation import check_settings, fitting_batch_size, prepare_model, present_pictures
+from .preparation import check_settings, fitting_batch_size, prepare_model, present_pictures, useful_validation
 from .profile import Profile
 from .results import Notes, Progress, TrainResult
 from .run_folder import RunFolder, claim_run_folder
@@ -72,10 +73,9 @@ def train(
     model = prepare_model(full_clip, config, notes)
     check_settings(model, config)
     train_set = present_pictures(train_set, "training", notes)
-    validation = (
-        present_pictures(validation, "validation", notes) if validation is not None and len(validation) else None
-    )
+    validation = useful_validation(validation, notes)
     batch_size = fitting_batch_size(config, train_set, notes)
+    chosen_device = resolve_device(device)
     identity = {
         "settings": config.identity,
         "model": model.fingerprint,
@@ -85,7 +85,7 @@ def train(
     run = claim_run_folder(Path(run_folder), identity, on_existing, notes.append)
     try:
         training = Training(
-            model, train_set, validation, config, run, batch_size, torch.device(device or default_device()), notes,
+            model, train_set, validation, config, run, batch_size, chosen_device, notes,
             on_progress, check_cancelled,
         )  # fmt: skip
         # A host may call this in inference mode, whose tensors cannot be trained.
@@ -124,6 +124,7 @@ class Training:
         self.saved_step: int | None = None
         self.steps: list[dict[str, Any]] = []
         self.validations: list[dict[str, Any]] = []
+        self.unlogged: list[dict[str, Any]] = []
         self.pending = PendingSteps()
         self.profile = Profile(device, config.profile)
 
@@ -133,7 +134,7 @@ class Training:
         state = self.folder.load_state(self.notes.append)
         if state is not None and self._is_finished(state[1]):
             return self._result(already_finished=True)
-        self.folder.remove_parts()
+        remove_parts(self.folder.path)
         self._build()
         self.describe = lambda: describe_run(self, identity, origins)
         self.describe()
@@ -144,17 +145,18 @@ class Training:
             self.folder.cut_metrics(0)
         try:
             self._loop()
+            self._finish()
         except BaseException as error:
             if not out_of_memory(error):
                 self._keep_what_is_whole()
                 raise
             traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
             self.optimizer.zero_grad(set_to_none=True)
-            self._keep_what_is_whole()
+            with contextlib.suppress(UserError, MemoryError):  # the sentence says what is saved
+                self._keep_what_is_whole()
             raise self._out_of_memory() from error
         finally:
             self.loader.close()
-        self._finish()
         return self._result(already_finished=False)
 
     def _loop(self) -> None:
@@ -283,10 +285,11 @@ class Training:
         good = [step for step in taken if step.finite]
         lines = []
         for step in good:
-            by_group = {
-                name: float(f"{norm:.4g}") for name, norm in zip(self.meter.groups, step.by_group, strict=True) if norm
-            }
-            lines.append(step.record | {"grad_norms": by_group})
+            by_group = zip(self.meter.groups, step.by_group, strict=True)
+            norms = {name: float(f"{norm:.4g}") for name, norm in by_group if norm and math.isfinite(norm)}
+            # Under fp16: the scaler skipped this step, and JSON knows no infinity.
+            skipped = {} if math.isfinite(step.grad_norm) else {"grad_norm": None, "skipped": True}
+            lines.append(step.record | {"grad_norms": norms} | skipped)
             self.notes.extend(self.meter.warnings(step.by_layer))
         self._log(lines)
         if len(good) == len(taken):
@@ -299,19 +302,23 @@ class Training:
         if math.isfinite(bad.loss):
             what = f"the gradient became {bad.grad_norm}, {self.meter.broken_place(bad.by_layer)}"
         raise UserError(
-            f"The training stopped at step {bad.record['step']} because {what}. The weights from before that step are "
-            f"kept in {self.folder.path}. Try a lower learning_rate, or precision fp32."
+            f"The training stopped at step {bad.record['step']} because {what}."
+            + (f" The weights from before that step are kept in {self.folder.path}." if self.step else "")
+            + " Try a lower learning_rate, or precision fp32."
         )
 
     def _log(self, lines: list[dict[str, Any]]) -> None:
         self.steps += [line for line in lines if line["kind"] == "step"]
         self.validations += [line for line in lines if line["kind"] == "validation"]
+        self.unlogged += lines  # until they are in the file, no state is saved that speaks of them
         if self.folder.is_whole():
-            self.folder.log(lines)
+            self.folder.log(self.unlogged)
+            self.unlogged = []
             return
         self.notes.append(f"Files of {self.folder.path} were deleted while the training ran; they are written again.")
         self.describe()
         self.folder.rewrite_metrics(sorted(self.steps + self.validations, key=lambda line: line["step"]))
+        self.unlogged = []
 
     def _tell(self) -> None:
         self.on_progress(Progress(self.step, self.total_steps, self.batch_size, self.steps, self.validations))
@@ -331,6 +338,8 @@ class Training:
         )  # fmt: skip
         try:
             measured = retrieval_of(encoder, self.validation)
+        except BrokenModel as error:
+            raise UserError(f"The validation at step {self.step} failed: {error} Try a lower learning_rate.") from error
         finally:
             self.network.train()
         self.notes.extend(measured.notes)
@@ -341,17 +350,12 @@ class Training:
             "image_to_text_r1": measured.image_to_text["r1"],
             "text_to_image_r1": measured.text_to_image["r1"],
         }
-        if not math.isfinite(measured.loss):
-            raise UserError(
-                f"The validation at step {self.step} gave a loss of {measured.loss}: the weights are not usable. "
-                "Try a lower learning_rate, or check the model with clip-finetune info."
-            )
         if self.best is None or measured.loss < self.best["loss"]:
             best = {"step": self.step, "loss": measured.loss}
             self._write_best(best)
             self.best = best
-        self.validated = self.step
         self._log([record])
+        self.validated = self.step
         self._write_chart()
         self._tell()
 
@@ -380,11 +384,7 @@ class Training:
 
     def _save(self) -> None:
         """Save the state; nothing may be pending. Raises `UserError` for weights that are not finite."""
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.trained.values()):
-            raise UserError(
-                f"The weights became infinite by step {self.step}; they are not saved, and the last good state is kept "
-                f"in {self.folder.path}. Try a lower learning_rate."
-            )
+        self._require_finite_weights()
         self._log([])
         self.folder.sync_metrics()
         tensors, numbers = checkpoints.pack(self.network, self.loss, self.optimizer)
@@ -392,7 +392,6 @@ class Training:
         info = {
             "step": self.step,
             "total_steps": self.total_steps,
-            "validated": self.validated,
             "best": self.best,
             "micro_batch": self.micro_batch,
             "metrics_bytes": self.folder.metrics_bytes(),
@@ -406,6 +405,13 @@ class Training:
         self.saved_step = self.step
         self._write_chart()
 
+    def _require_finite_weights(self) -> None:
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.trained.values()):
+            raise UserError(
+                f"The weights became infinite by step {self.step}; they are not saved, and the last good state is kept "
+                f"in {self.folder.path}. Try a lower learning_rate."
+            )
+
     def _keep_what_is_whole(self) -> None:
         """After whatever stopped the training: save it, unless that would save something half done."""
         if not self.whole:
@@ -414,9 +420,10 @@ class Training:
             self._settle()
         finally:
             if self.step and self.saved_step != self.step:
-                self._save()
+                self._require_finite_weights()
                 if self.validation is None:
-                    self._write_best(None)
+                    self._write_best(None)  # first, so that a state at the end means that its model is there
+                self._save()
             if self.saved_step:
                 self.notes.append(
                     f"Stopped; the state of step {self.saved_step} is saved, and the same run goes on from it."
@@ -431,16 +438,14 @@ class Training:
             )
         if self.profile.enabled:
             self.notes.append("Where the time of a step went:\n" + table(self.profile.rows()))
-        if self.saved_step != self.step or self.validation is not None:
-            self._save()
-        if self.validation is None:
-            self._write_best(None)
-        elif not self.folder.best_file.is_file():
-            self.notes.append(
-                f"{self.folder.best_file} was deleted while the training ran; the last weights take its place."
-            )
+        if self.validation is not None and not self.folder.best_file.is_file():
+            self.notes.append(f"{self.folder.best_file} was deleted; the last weights take its place.")
             self.best = {"step": self.step, "loss": self.validations[-1]["loss"]}
             self._write_best(self.best)
+        self._require_finite_weights()
+        if self.validation is None:
+            self._write_best(None)
+        self._save()
 
     def _out_of_memory(self) -> UserError:
         smaller = max(1, min(self.micro_batch, self.batch_size) // 2)
@@ -485,13 +490,18 @@ class Training:
 
     def _restore(self, tensors: Mapping[str, torch.Tensor], info: Mapping[str, Any]) -> None:
         checkpoints.unpack(tensors, info["optimizer"], self.network, self.loss, self.optimizer)
-        self.scaler.load_state_dict(info["scaler"])
+        if info["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(info["scaler"])
         self.step = self.saved_step = info["step"]
-        self.validated, self.best = info["validated"], self._best_of_the_file()
+        self.best = self._best_of_the_file()
+        if info["best"] and self.best is None:
+            self.notes.append(f"{self.folder.best_file} was deleted; the best model is looked for anew from here.")
         if not self.config.micro_batch:
             self.micro_batch = info["micro_batch"]
         self.folder.cut_metrics(info["metrics_bytes"])
         self._read_metrics()
+        if len(self.steps) < self.step:
+            self.notes.append(f"metrics.jsonl has lost the lines of {self.step - len(self.steps)} steps.")
         self.notes.append(f"The run goes on from step {self.step} of {self.total_steps}.")
         if info["total_steps"] != self.total_steps:
             self.notes.append(
@@ -500,6 +510,7 @@ class Training:
             )
 
     def _best_of_the_file(self) -> dict[str, float] | None:
+        """{"step", "loss"} of the model in best.safetensors, which says itself what it is."""
         if self.validation is None or not self.folder.best_file.is_file():
             return None
         return load_full_clip(self.folder.best_file).provenance.get("validation")
@@ -508,17 +519,25 @@ class Training:
         lines = self.folder.metrics()
         self.steps = [line for line in lines if line["kind"] == "step"]
         self.validations = [line for line in lines if line["kind"] == "validation"]
+        self.validated = self.validations[-1]["step"] if self.validations else None
 
     def _is_finished(self, info: Mapping[str, Any]) -> bool:
         if info["step"] < self.total_steps or not self.folder.best_file.is_file():
             return False
-        self.step, self.validated, self.best = info["step"], info["validated"], self._best_of_the_file()
-        return self.validation is None or self.validated == self.step
+        self.step, self.best = info["step"], self._best_of_the_file()
+        self._read_metrics()
+        if self.validation is None:
+            return load_full_clip(self.folder.best_file).provenance.get("step") == self.step
+        return self.validated == self.step and self.best is not None
 
     def _result(self, *, already_finished: bool) -> TrainResult:
         if already_finished:
-            self._read_metrics()
-            self.notes.append(f"This run was finished before ({self.step} steps); its result is returned as it is.")
+            more = (
+                f", more than the {self.total_steps} that epochs now asks for" if self.step > self.total_steps else ""
+            )
+            self.notes.append(
+                f"This run was finished before ({self.step} steps{more}); its result is returned as it is."
+            )
         best_step = int(self.best["step"]) if self.best else self.step
         if best_step == 0:
             self.notes.append(

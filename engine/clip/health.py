@@ -1,0 +1,97 @@
+"""What is wrong with a model's tensors, found before another program loads them and makes noise of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from . import names
+from .architecture import Architecture, Shape, counted
+from .export import text_shapes
+
+_MARK = "text_model.embeddings.token_embedding.weight"
+_LAYER = "text_model.encoder.layers."
+
+
+def not_numbers(tensors: Mapping[str, Tensor]) -> list[str]:
+    """A sentence if tensors hold NaN or infinite values."""
+    broken = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if not broken:
+        return []
+    return [f"{counted(broken, 'tensor')} not made of numbers only (NaN or infinite); the first is {broken[0]}."]
+
+
+def describe_text_encoder(tensors: Mapping[str, Tensor]) -> dict:
+    """Architecture, parameterization and problems of a text encoder's file, under whatever names its tensors have."""
+    tensors = names.unwrapped(tensors)
+    prefix = next((name.removesuffix(_MARK) for name in tensors if name.endswith(_MARK)), None)
+    problems = []
+    if prefix is not None:
+        if prefix:
+            problems.append(
+                f"The names begin with {prefix!r}: ComfyUI's CLIP loaders would read nothing from it and make noise. "
+                "Rename its tensors so that they begin with text_model."
+            )
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        gmp = any(name.endswith((".r", ".theta")) for name in tensors)
+        problems += ([] if gmp else _gaps(tensors, _sizes(tensors, True))) + _copied_values(tensors)
+    else:
+        gmp = any(name.endswith((".mlp.c_fc.theta", ".mlp.c_fc.r")) for name in tensors)
+    if gmp:
+        problems.append("It is in GmP form, which no image program reads; fold it first.")
+    return {
+        "architecture": _sizes(tensors, prefix is not None),
+        "parameterization": "gmp" if gmp else "linear",
+        "problems": problems + not_numbers(tensors),
+    }
+
+
+def _sizes(tensors: Mapping[str, Tensor], hf: bool) -> dict[str, int]:
+    token, position, block = (
+        (_MARK, "text_model.embeddings.position_embedding.weight", _LAYER) if hf
+        else ("token_embedding.weight", "positional_embedding", "transformer.resblocks.")
+    )  # fmt: skip
+    layers = {name[len(block) :].split(".")[0] for name in tensors if name.startswith(block)}
+    sizes = {"text_layers": len(layers)}
+    if token in tensors:
+        sizes |= {"vocab_size": tensors[token].shape[0], "text_width": tensors[token].shape[1]}
+    if position in tensors:
+        sizes["context_length"] = tensors[position].shape[0]
+    return sizes
+
+
+def _gaps(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> list[str]:
+    """Missing or misshapen tensors, by what a tower of these sizes has."""
+    wanted = _wanted(tensors, sizes)
+    missing = [name for name in wanted if name not in tensors]
+    wrong = [name for name, shape in wanted.items() if name in tensors and tuple(tensors[name].shape) != shape]
+    found = []
+    if missing:
+        found.append(f"{counted(missing, 'tensor')} missing; the first is {missing[0]}.")
+    if wrong:
+        found.append(f"{counted(wrong, 'tensor')} of another shape than this tower's; the first is {wrong[0]}.")
+    return found
+
+
+def _wanted(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Shape]:
+    mlp = tensors.get(f"{_LAYER}0.mlp.fc1.bias")
+    tower = Architecture(
+        **{"context_length": 77, **sizes, "text_layers": max(1, sizes["text_layers"])},
+        text_mlp_width=4 * sizes["text_width"] if mlp is None else len(mlp), text_heads=1, activation="quick_gelu",
+        # Only the text tower is looked at.
+        embed_dim=1, image_size=1, patch_size=1, vision_width=1, vision_layers=1, vision_heads=1, vision_mlp_width=1,
+    )  # fmt: skip
+    return {name: shape for name, shape in text_shapes(tower).items() if name != "text_projection.weight"}
+
+
+def _copied_values(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The mark of a well-known broken merge."""
+    values = [name for name in tensors if name.endswith(".self_attn.v_proj.weight")]
+    others = [name.replace("v_proj", "out_proj") for name in values]
+    if values and all(
+        o in tensors and torch.equal(tensors[v], tensors[o]) for v, o in zip(values, others, strict=True)
+    ):
+        return ["It was made by a broken merge script: in every layer attn.out_proj equals v_proj."]
+    return []
