@@ -18,6 +18,7 @@ from clip_finetune.engine import TrainConfig, load_full_clip, save_full_clip, to
 from clip_finetune.engine.cli import main
 from clip_finetune.engine.clip.export import text_encoder_state_dict
 from clip_finetune.engine.clip.files import same_bits
+from clip_finetune.engine.clip.full_clip import file_metadata
 
 
 @pytest.fixture
@@ -76,7 +77,8 @@ def test_info_knows_models_text_encoders_data_sets_and_runs(here, capsys):
     assert found["kind"] == "full_clip" and found["parameterization"] == "linear" and found["dtype"] == "float32"
     assert found["architecture"]["text_width"] == 64 and found["problems"] == []
     save_file(text_encoder_state_dict(random_clip(), dtype="fp16")[0], "te.safetensors")
-    assert facts("te.safetensors")["kind"] == "text_encoder"
+    found = facts("te.safetensors")
+    assert found["kind"] == "text_encoder" and found["architecture"]["text_width"] == 64 and found["problems"] == []
     (here / "colours/003.png").write_bytes(b"hello")
     (here / "colours/004.png").unlink()
     found = facts("colours")
@@ -89,7 +91,21 @@ def test_info_knows_models_text_encoders_data_sets_and_runs(here, capsys):
     found = facts("run")
     assert found["kind"] == "run" and found["steps"] == found["total_steps"] == 2
     assert found["settings"]["epochs"] == {"value": 1, "from": "command line"}
+    assert found["groups"] and len(found["data"]["train"]["manifest"]) == 64 and "torch" in found["versions"]
     assert facts("run/step_2.safetensors")["kind"] == "training_state"
+
+
+def test_what_was_done_on_the_way_is_no_problem_of_the_file(here):
+    assert main(["fold", "tiny.safetensors", "folded.safetensors"]) == 0
+    assert facts("folded.safetensors")["problems"] == []
+
+
+def test_the_activation_can_be_told_where_the_file_does_not_say_it(here):
+    save_file(dict(random_clip().state_dict), "bare.safetensors")
+    assert "--activation gelu" in " ".join(facts("bare.safetensors")["problems"])
+    assert main(["fold", "bare.safetensors", "told.safetensors", "--activation", "gelu"]) == 0
+    found = facts("told.safetensors")
+    assert found["architecture"]["activation"] == "gelu" and not any("QuickGELU" in p for p in found["problems"])
 
 
 def test_every_setting_is_a_flag(here, capsys):
@@ -125,11 +141,28 @@ def _cut(here):
         ("train --model tiny.safetensors --data colours --out run --epochs 0", "epochs"),
         ("train --model tiny.safetensors --data colours --out run --batch-size 1", "batch_size"),
         ("train --model tiny.safetensors --data colours --out run --validation-split 2", "--validation-split is 2"),
+        ("train --model tiny.safetensors --data colours --out run --device gpu", "The device 'gpu' cannot be used"),
+        ("train --model tiny.safetensors --data colours --out run --scale-neurons 9:1=2", "blocks 0 to 1"),
+        ("fold ./nowhere.safetensors out.safetensors", "./nowhere.safetensors does not exist"),
+        ("fold colours out.safetensors", "colours is a folder without a model.safetensors"),
+        ("fold garbage.pt out.safetensors", "garbage.pt is not a whole file of plain weights"),
+        ("fold tiny.safetensors tiny.safetensors/out.safetensors", "tiny.safetensors/out.safetensors could not be"),
+        ("eval --model whole_nan.safetensors --data colours", "values that are not numbers"),
+        ("demo --out tiny.safetensors/demo", "could not be written"),
+        ("info strange", "are another program's"),
+        ("info damaged.safetensors", "damaged metadata"),
     ],
 )
 def test_an_error_is_one_paragraph_that_names_the_file_as_it_was_given(here, capsys, line, words):
     _cut(here)
     (here / "empty").mkdir()
+    (here / "garbage.pt").write_bytes(bytes(range(256)) * 9)
+    (here / "strange").mkdir()
+    (here / "strange/config.json").write_text('{"settings": 3}')
+    (here / "strange/metrics.jsonl").write_text("5\n")
+    whole = random_clip()
+    about = json.loads(file_metadata(whole)["clip_finetune"]) | {"provenance": "abc"}
+    save_file(dict(whole.state_dict), "damaged.safetensors", {"clip_finetune": json.dumps(about)})
     labels_folder(here / "one", 1)
     broken = random_clip().derive({"ln_final.bias": torch.full((64,), torch.nan)}, step="broken")
     save_full_clip(broken, "whole_nan.safetensors")

@@ -6,8 +6,9 @@ from clips import VIT_L_14, random_clip
 from safetensors.torch import load_file, save_file
 
 from clip_finetune.engine import UserError, build_network, export_text_encoder, merge_text_encoder, to_gmp
-from clip_finetune.engine.clip.export import require_clip_l, text_encoder_state_dict
+from clip_finetune.engine.clip.export import mix_text_encoders, require_clip_l, text_encoder_state_dict
 from clip_finetune.engine.clip.files import same_bits
+from clip_finetune.engine.clip.health import describe_text_encoder
 
 
 def identical(one, other):
@@ -157,3 +158,51 @@ def test_only_a_clip_l_with_quickgelu_passes_for_clip_l():
         require_clip_l(random_clip())
     with pytest.raises(UserError, match="quick_gelu"):
         require_clip_l(random_clip(VIT_L_14, vision_layers=1, activation="gelu"))
+
+
+# ---- mixing, and what is wrong with a file ---------------------------------------------------------------------------
+
+
+def text_of(seed, dtype="fp32"):
+    return text_encoder_state_dict(random_clip(seed=seed), dtype=dtype)[0]
+
+
+def test_a_mix_is_the_line_through_both_and_keeps_the_trained_projection():
+    original, trained = text_of(1), text_of(2)
+    for strength in (0.0, 0.3, 1.0, 1.5):
+        mixed = mix_text_encoders(original, trained, strength)
+        assert list(mixed) == list(trained)
+        assert torch.equal(mixed["text_projection.weight"], trained["text_projection.weight"])
+        name = "text_model.encoder.layers.1.mlp.fc1.weight"
+        expected = original[name] * (1 - strength) + trained[name] * strength
+        torch.testing.assert_close(mixed[name], expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_mix_of_what_is_not_a_number_is_refused(bad):
+    original = text_of(1) | {"text_model.final_layer_norm.bias": torch.full((64,), bad)}
+    with pytest.raises(UserError, match="final_layer_norm.bias would hold values that are not numbers"):
+        mix_text_encoders(original, text_of(2), 0.5)
+
+
+def test_a_mix_that_fp16_cannot_hold_is_refused():
+    far = {name: torch.full_like(tensor, -60000) for name, tensor in text_of(1).items()}
+    trained = {name: torch.full_like(tensor, 60000).half() for name, tensor in text_of(2).items()}
+    with pytest.raises(UserError, match="Lower strength"):
+        mix_text_encoders(far, trained, 1.5)
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda d: {k: v for k, v in d.items() if "layers.1.self_attn.k_proj.weight" not in k}, "1 tensor is missing"),
+        (lambda d: {f"text_encoder.{k}": v for k, v in d.items()}, "begin with 'text_encoder.'"),
+        (lambda d: d | {"text_model.final_layer_norm.bias": torch.full((64,), torch.nan)}, "NaN or infinite"),
+        (lambda d: d | {"text_model.final_layer_norm.bias": torch.zeros(63)}, "of another shape"),
+        (lambda d: {k: d[k.replace("out_proj.w", "v_proj.w")] for k in d}, "out_proj equals v_proj"),
+        (lambda d: d | {"text_model.encoder.layers.0.mlp.fc1.theta": torch.zeros(1)}, "GmP form"),
+    ],
+)
+def test_what_is_wrong_with_a_text_encoder_is_told(damage, words):
+    assert describe_text_encoder(text_of(1))["problems"] == []
+    assert any(words in problem for problem in describe_text_encoder(damage(text_of(1)))["problems"])

@@ -333,6 +333,7 @@ def test_a_layer_whose_gradient_explodes_or_vanishes_is_named():
     assert len(said) == 2
     assert "explodes in block 1 of the vision tower" in said[1] and "learning_rate" in said[1]
     assert "vanishes in block 0 of the text tower" in said[0] and "precision" in said[0]
+    assert meter.warnings(meter.measure().by_layer.tolist()) == []  # once is enough
 
 
 def test_the_place_of_a_gradient_that_is_not_a_number_is_named():

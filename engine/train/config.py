@@ -205,31 +205,25 @@ def _preset(description: str, **values) -> Preset:
 
 
 DEFAULT_PRESET = "balanced"
-# The first values are TrainConfig's own defaults.
-_OWN = "infonce"
-PRESETS: Mapping[str, Preset] = types.MappingProxyType({
-    DEFAULT_PRESET: _preset("Learns a style or subject and keeps most of what the model knew.",
-                            epochs=10, learning_rate=1e-6, batch_size=32, towers="both", loss=_OWN),
-    "gentle": _preset("Small changes; for a model that must stay close to the original.",
-                      epochs=5, learning_rate=3e-7, batch_size=32, towers="both", loss=_OWN),
-    "strong": _preset("Large changes; for many pictures (thousands), or a style far from photographs.",
-                      epochs=20, learning_rate=5e-6, batch_size=64, towers="both", loss=_OWN),
-    "text encoder only": _preset("Trains only what SD and SDXL use; needs less memory and time.",
-                                 epochs=10, learning_rate=2e-6, batch_size=32, towers="text", loss=_OWN),
-    "fixed temperature": _preset("The recipe of popular text encoders: temperature 0.07 and label smoothing 0.1, which "
-                                 "keep similar captions near each other.",
-                                 epochs=10, learning_rate=1e-6, batch_size=64, towers="both", loss="fixed_temperature"),
-})  # fmt: skip
-GMP_PRESETS: Mapping[str, Preset] = types.MappingProxyType({
-    DEFAULT_PRESET: _preset("Learns a style or subject and keeps most of what the model knew.",
-                            epochs=10, learning_rate=1e-6, batch_size=32, towers="both", loss=_OWN),
-    "gentle": _preset("Small changes; for a model that must stay close to the original.",
-                      epochs=5, learning_rate=3e-7, batch_size=32, towers="both", loss=_OWN),
-    "strong": _preset("Large changes; for many pictures (thousands), or a style far from photographs.",
-                      epochs=20, learning_rate=3e-6, batch_size=64, towers="both", loss=_OWN),
-    "text encoder only": _preset("Trains only what SD and SDXL use; needs less memory and time.",
-                                 epochs=10, learning_rate=2e-6, batch_size=32, towers="text", loss=_OWN),
-    "fixed temperature": _preset("The recipe of popular text encoders: temperature 0.07 and label smoothing 0.1, which "
-                                 "keep similar captions near each other.",
-                                 epochs=10, learning_rate=1e-6, batch_size=64, towers="both", loss="fixed_temperature"),
-})  # fmt: skip
+
+
+def _presets(*, strong: float) -> Mapping[str, Preset]:
+    own = dict(loss="infonce")
+    return types.MappingProxyType({
+        # These are TrainConfig's own defaults.
+        DEFAULT_PRESET: _preset("Learns a style or subject and keeps most of what the model knew.",
+                                epochs=10, learning_rate=1e-6, batch_size=32, towers="both", **own),
+        "gentle": _preset("Small changes; for a model that must stay close to the original.",
+                          epochs=5, learning_rate=3e-7, batch_size=32, towers="both", **own),
+        "strong": _preset("Large changes; for many pictures (thousands), or a style far from photographs.",
+                          epochs=20, learning_rate=strong, batch_size=64, towers="both", **own),
+        "text encoder only": _preset("Trains only what SD and SDXL use; needs less memory and time.",
+                                     epochs=10, learning_rate=2e-6, batch_size=32, towers="text", **own),
+        "fixed temperature": _preset("The recipe of popular text encoders: temperature 0.07 and label smoothing 0.1, "
+                                     "which keep similar captions near each other.", epochs=10, learning_rate=1e-6,
+                                     batch_size=64, towers="both", loss="fixed_temperature"),
+    })  # fmt: skip
+
+
+PRESETS = _presets(strong=5e-6)
+GMP_PRESETS = _presets(strong=3e-6)

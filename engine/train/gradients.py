@@ -42,6 +42,7 @@ class GradientMeter:
         ]
         self.groups: list[str] = sorted({part.group for _, part in self.members})
         self.layers: list[tuple[str, int]] = sorted({(part.tower, part.depth) for _, part in self.members})
+        self._told: set[tuple[str, str, int]] = set()
         self._indices: tuple[tuple[int, ...], Tensor, Tensor] | None = None
 
     def measure(self) -> Norms:
@@ -81,7 +82,8 @@ class GradientMeter:
         return f"first in {place_in_words(*broken[0], self.architecture)}"
 
     def warnings(self, by_layer: Sequence[float]) -> list[str]:
-        """A sentence for each tower with a layer whose gradient explodes or vanishes beside the other layers'."""
+        """A sentence for each tower with a layer whose gradient explodes or vanishes beside the other layers'; once for
+        each layer."""
         found = []
         for tower in ("text", "vision"):
             norms = {
@@ -93,16 +95,21 @@ class GradientMeter:
                 continue
             usual = statistics.median(norms.values())
             highest, lowest = max(norms, key=norms.__getitem__), min(norms, key=norms.__getitem__)
-            if norms[highest] > EXPLODING * usual:
+            if norms[highest] > EXPLODING * usual and self._first_time("explodes", tower, highest):
                 found.append(
                     f"The gradient explodes in {place_in_words(tower, highest, self.architecture)}: it is "
                     f"{norms[highest] / usual:,.0f} times longer than in the tower's other layers. Lower learning_rate "
                     "or max_grad_norm, or check the model with clip-finetune info."
                 )
-            if norms[lowest] < VANISHING * usual:
+            if norms[lowest] < VANISHING * usual and self._first_time("vanishes", tower, lowest):
                 found.append(
                     f"The gradient vanishes in {place_in_words(tower, lowest, self.architecture)}: it is "
                     f"{usual / norms[lowest]:,.0f} times shorter than in the tower's other layers, which hardly "
                     "learns. Set precision to fp32 (or bf16 in place of fp16), or raise its rate in rate_factors."
                 )
         return found
+
+    def _first_time(self, *what) -> bool:
+        new = what not in self._told
+        self._told.add(what)
+        return new

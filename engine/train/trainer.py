@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -136,7 +137,7 @@ class Training:
             return self._result(already_finished=True)
         remove_parts(self.folder.path)
         self._build()
-        self.describe = lambda: describe_run(self, identity, origins)
+        self.describe = functools.partial(describe_run, self, identity, origins)
         self.describe()
         if state is not None:
             self._restore(*state)
@@ -233,16 +234,15 @@ class Training:
         norms = self.meter.measure()
         if self.config.max_grad_norm:
             self.meter.clip(norms, self.config.max_grad_norm)
+        # Under fp16 an infinite gradient is how the scaler finds its scale: it skips such a step and goes on.
+        finite = torch.isfinite(loss) if self.scaler.is_enabled() else torch.isfinite(loss) & norms.total.isfinite()
+        self.broken.copy_(torch.maximum(self.broken, (~finite).float()))
+        finite = self.broken == 0
         if self.scaler.is_enabled():
-            # Under fp16 an infinite gradient is how the scaler finds its scale: it skips such a step and goes on.
-            finite = torch.isfinite(loss)
-            if bool(torch.isfinite(norms.total) & finite):
+            if bool(norms.total.isfinite() & finite):
                 self.optimizer.step()
             self.scaler.update()
         else:
-            finite = torch.isfinite(loss) & torch.isfinite(norms.total)
-            self.broken.copy_(torch.maximum(self.broken, (~finite).float()))
-            finite = self.broken == 0
             self.optimizer.found_inf = self.broken
             self.optimizer.step()
         if self.network.logit_scale.requires_grad:
@@ -294,7 +294,8 @@ class Training:
         self._log(lines)
         if len(good) == len(taken):
             return
-        forget_steps(self.optimizer, len(taken) - len(good))
+        if not self.scaler.is_enabled():
+            forget_steps(self.optimizer, len(taken) - len(good))
         self.step -= len(taken) - len(good)
         self.broken.zero_()
         bad = taken[len(good)]
