@@ -1,14 +1,15 @@
 """Draws the pictures beside the workflows: each is run in a real ComfyUI on the demo's pictures, with a small model.
 
-    python tests/draw_thumbnails.py
+    python tests/draw_thumbnails.py [NAME ...]
 
-Run it when a workflow or a node's widgets change. Needs what the ComfyUI tests need.
+Without names, all. Run it when a workflow or a node's widgets change. Needs what the ComfyUI tests need.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import sys
 
 from clips import CLIP_L, random_clip
 from comfyui_server import PACK, Server, load_graph, run_from_page
@@ -28,7 +29,7 @@ def prepare(server: Server) -> None:
     save_full_clip(random_clip(CLIP_L), models / "full_clip/vit_l_14.safetensors")
     save_file(text_encoder_state_dict(random_clip(CLIP_L), dtype="fp16")[0], models / "text_encoders/l.safetensors")
     write_clip_g(models / "text_encoders/g.safetensors")
-    draw_demo_dataset(server.base / "datasets/my_pictures", count=72, seed=0, style="plain", split="train")
+    draw_demo_dataset(server.base / "datasets/my_pictures", count=180, seed=0, style="plain", split="train")
     draw_demo_classes(server.base / "datasets/my_classes", count=48, seed=0, style="plain", split="held_out")
 
 
@@ -37,8 +38,8 @@ def draw(page, workflow: dict, name: str) -> Image.Image:
     train = next(node["type"] for node in workflow["nodes"] if node["type"].startswith("TrainCLIP"))
     load_graph(page, with_dual_clip_loader(workflow))
     set_widgets(page, "LoadFullCLIP", model="vit_l_14.safetensors")
-    set_widgets(page, train, run_name=name, epochs=5, learning_rate=3e-4, batch_size=16)
-    seen = run_from_page(page)
+    set_widgets(page, train, run_name=name, epochs=7, learning_rate=3e-4, batch_size=32)
+    seen = run_from_page(page, timeout=1200)
     assert seen["status"] == "execution_success", seen
     page.evaluate("() => { window.app.canvas.deselectAll?.(); window.app.canvas.setDirty(true, true); }")
     page.wait_for_timeout(1500)
@@ -60,6 +61,8 @@ def main() -> None:
     with Server() as server:
         prepare(server)
         for file in sorted((PACK / "workflows").glob("*.json")):
+            if sys.argv[1:] and file.stem not in sys.argv[1:]:
+                continue
             with server.page(size=(2000, 1300)) as page:
                 picture = draw(page, json.loads(file.read_text(encoding="utf-8")), file.stem)
             picture = picture.resize((WIDTH, round(picture.height * WIDTH / picture.width)), Image.Resampling.LANCZOS)

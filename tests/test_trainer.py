@@ -1,6 +1,7 @@
 """Runs: what they learn, what they keep, and what comes of stopping them."""
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -431,6 +432,25 @@ def test_a_run_folder_that_is_deleted_meanwhile_is_written_again(model, data, tm
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 10))
     assert identical(result.full_clip, whole.full_clip)
     assert run(model, data, tmp_path / "run", validation=data).already_finished
+
+
+@pytest.mark.parametrize(
+    "every, saved", [(dict(save_every_steps=4), [4, 8, 9]), (dict(save_every_minutes=1 / 60), None)]
+)
+def test_states_are_saved_every_so_many_steps_and_minutes(model, data, tmp_path, monkeypatch, every, saved):
+    """By a clock that goes half a second a step: a state is due after two of them."""
+    from clip_finetune.engine.train import trainer
+
+    steps, save, clock = [], trainer.RunFolder.save_state, itertools.count()
+
+    def kept(folder, step, *rest):
+        steps.append(step)
+        save(folder, step, *rest)
+
+    monkeypatch.setattr(trainer.RunFolder, "save_state", kept)
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: next(clock) * 0.25)
+    run(model, data, tmp_path / "run", **({"save_every_minutes": 0.0} | every))
+    assert steps == saved if saved else len(steps) > 3 and steps[-1] == 9
 
 
 def test_a_lost_state_is_told_and_an_older_one_is_used(model, data, tmp_path):
