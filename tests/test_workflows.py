@@ -88,7 +88,7 @@ def unknown_nodes(page):
 
 def settings_of(workflow):
     """The widget values of all nodes, by node id."""
-    return {node["id"]: node.get("widgets_values") for node in workflow["nodes"]}
+    return {node["id"]: node.get("widgets_values") or [] for node in workflow["nodes"]}
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
