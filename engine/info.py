@@ -14,6 +14,7 @@ from .clip.full_clip import kind_of, load_full_clip
 from .clip.health import describe_text_encoder, not_numbers
 from .data.dataset import ClipDataset, load_dataset
 from .errors import UserError
+from .report.tables import table
 
 _MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _VOCABULARY = 49408
@@ -127,20 +128,32 @@ def _describe_run(folder: Path) -> dict[str, Any]:
 
 
 def in_words(facts: Mapping[str, Any]) -> str:
-    """The same facts for a reader: one line each, lists cut after ten."""
+    """The same facts for a reader: one line each, tables for settings and groups, other lists cut after ten."""
     lines = []
     for name, value in facts.items():
-        if isinstance(value, Mapping) and name != "settings":
-            value = ", ".join(f"{key} {inner}" for key, inner in value.items())
-        elif name == "settings":
-            value = ", ".join(f"{key} {entry['value']} ({entry['from']})" for key, entry in (value or {}).items())
+        words = name.replace("_", " ")
+        if name == "settings" and isinstance(value, Mapping):
+            rows = [{"setting": key} | dict(entry) for key, entry in value.items() if isinstance(entry, Mapping)]
+            lines += ["settings:", *_indented(table(rows))]
+        elif name == "groups" and value:
+            lines += ["groups:", *_indented(table(value))]
+        elif isinstance(value, Mapping):
+            for key, inner in value.items():
+                if isinstance(inner, Mapping):
+                    lines.append(f"{words}, {key}: " + ", ".join(f"{k} {v}" for k, v in inner.items()))
+            flat = [f"{key} {inner}" for key, inner in value.items() if not isinstance(inner, Mapping)]
+            lines += [f"{words}: {', '.join(flat)}"] if flat else []
         elif isinstance(value, list):
-            lines.append(f"{name.replace('_', ' ')}: {len(value)}")
+            lines.append(f"{words}: {len(value)}")
             lines += [f"  {_item(item)}" for item in value[:10]]
             lines += [f"  … and {len(value) - 10} more"] if len(value) > 10 else []
-            continue
-        lines.append(f"{name.replace('_', ' ')}: {value}")
+        else:
+            lines.append(f"{words}: {value}")
     return "\n".join(lines)
+
+
+def _indented(text: str) -> list[str]:
+    return [f"  {line}" for line in text.splitlines()]
 
 
 def _item(item: Any) -> str:

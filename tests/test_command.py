@@ -92,6 +92,8 @@ def test_info_knows_models_text_encoders_data_sets_and_runs(here, capsys):
     assert found["kind"] == "run" and found["steps"] == found["total_steps"] == 2
     assert found["settings"]["epochs"] == {"value": 1, "from": "command line"}
     assert found["groups"] and len(found["data"]["train"]["manifest"]) == 64 and "torch" in found["versions"]
+    shown = capsys.readouterr().out
+    assert "epochs" in shown and "command line" in shown and "text.attention" in shown and "manifest" in shown
     assert facts("run/step_2.safetensors")["kind"] == "training_state"
 
 
