@@ -276,3 +276,28 @@ def test_real_data_sets_open(shared_data):
     assert emoji["images"] == 1559 and emoji["broken"] == [] and emoji["truncated_captions"] == 0
     with pytest.raises(UserError, match="COCO"):
         load_dataset(shared_data / "coco-mini/annotations")
+
+
+# ---- odd files -------------------------------------------------------------------------------------------------------
+
+
+def test_sixteen_bits_of_grey_stay_grey(tmp_path):
+    """A PGM of 16 bits, written by hand: 0x7600 of 0xffff is 118 of 255."""
+    (tmp_path / "a.pgm").write_bytes(b"P5 40 40 65535\n" + b"\x76\x00" * 1600)
+    assert set(load_image(tmp_path / "a.pgm", 32).flatten().tolist()) == {118}
+
+
+def test_a_picture_as_long_as_a_rope_costs_no_memory(tmp_path):
+    Image.new("RGB", (1, 20000), (9, 90, 200)).save(tmp_path / "a.png")
+    image = load_image(tmp_path / "a.png", 32)
+    assert image.shape == (3, 32, 32) and image[:, 16, 16].tolist() == [9, 90, 200]
+
+
+def test_postscript_is_no_picture_because_reading_it_runs_a_program():
+    assert not {".eps", ".ps"} & picture_suffixes() and ".png" in picture_suffixes()
+
+
+def test_a_quotation_mark_that_is_never_closed_is_told(tmp_path):
+    (tmp_path / "captions.csv").write_text('image,caption\n1.png,"one\n2.png,two\n')
+    with pytest.raises(UserError, match="is a quotation mark missing"):
+        load_dataset(tmp_path / "captions.csv")

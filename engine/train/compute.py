@@ -20,8 +20,9 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        # Making a tensor there is the only sure sign that a device works.
-        return torch.zeros(1, device=device).add_(1).cpu() is not None and torch.device(device)
+        chosen = torch.device(device)
+        torch.zeros(1, device=chosen).cpu()  # the only sure sign that a device works
+        return chosen
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
             f"The device {str(device)!r} cannot be used here ({str(error).strip().splitlines()[0]}); choose cpu, or "

@@ -239,7 +239,6 @@ def _first_fitting(folder: Path, identity: Mapping[str, Any], say: Callable[[str
         why = why or "; ".join(different)
         if run is not None:
             run.release()
-    raise AssertionError("unreachable")
 
 
 def _in_the_way(folder: Path, identity: Mapping[str, Any], *, busy: bool) -> list[str]:

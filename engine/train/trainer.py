@@ -153,7 +153,8 @@ class Training:
                 raise
             traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
             self.optimizer.zero_grad(set_to_none=True)
-            with contextlib.suppress(UserError, MemoryError):  # the sentence says what is saved
+            # Saving may find no memory either, which torch says by a RuntimeError; the sentence tells what is saved.
+            with contextlib.suppress(UserError, MemoryError, RuntimeError):
                 self._keep_what_is_whole()
             raise self._out_of_memory() from error
         finally:
