@@ -9,19 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from .clip.architecture import is_assumption
-from .clip.files import read_tensors
 from .clip.full_clip import kind_of, load_full_clip
-from .clip.health import describe_text_encoder, not_numbers
+from .clip.health import BROKEN_MERGE, describe_text_encoder, not_numbers
+from .clip.names import text_encoders_in
+from .clip.reading import INDEX_SUFFIX, Contents, read_contents
+from .clip.sources import find_source, holds_a_model
 from .data.dataset import ClipDataset, load_dataset
 from .errors import UserError
 from .report.tables import table
 
-_MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_DATASET_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
 _VOCABULARY = 49408
 
 
 def describe(path: str | os.PathLike, activation: str = "auto") -> dict[str, Any]:
-    """The facts of `info --json`; `kind` is full_clip, text_encoder, vision_encoder, training_state, run or dataset.
+    """The facts of `info --json`; `kind` is full_clip, text_encoder, vision_encoder, checkpoint, lora, training_state,
+    run or dataset.
 
     Every picture of a data set is decoded to find the broken ones. Raises `UserError` for what cannot be read.
     """
@@ -30,27 +33,28 @@ def describe(path: str | os.PathLike, activation: str = "auto") -> dict[str, Any
         raise UserError(f"{path} does not exist; give a model file, a folder of pictures, or a run folder.")
     if (place / "config.json").is_file() and (place / "metrics.jsonl").is_file():
         return _describe_run(place)
-    if place.suffix.lower() in _MODEL_SUFFIXES or (place / "model.safetensors").is_file() or not place.exists():
+    if _is_model(place):
         return _describe_model(path, activation)
     return describe_dataset(load_dataset(path))
 
 
+def _is_model(place: Path) -> bool:
+    if place.is_file():
+        return place.name.endswith(INDEX_SUFFIX) or place.suffix.lower() not in _DATASET_SUFFIXES
+    return not place.exists() or holds_a_model(place)
+
+
 def _describe_model(path: str | os.PathLike, activation: str) -> dict[str, Any]:
-    if Path(path).is_file():
-        tensors, _ = read_tensors(path)
-        kind = kind_of(tensors)
+    """The facts of a model file; those of another kind than a full CLIP in as far as they are known."""
+    if Path(path).exists():
+        contents = read_contents(find_source(path).path)
+        kind = kind_of(contents.tensors)
+        if kind == "unknown":
+            raise UserError(f"{path} is not a CLIP: it has neither a text tower nor a vision tower.")
         if kind != "full_clip":
-            if kind == "unknown":
-                raise UserError(f"{path} is not a CLIP: it has neither a text tower nor a vision tower.")
-            dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
-            about = describe_text_encoder(tensors) if kind == "text_encoder" else {"problems": not_numbers(tensors)}
-            return {
-                "kind": kind,
-                "file": str(path),
-                "tensors": len(tensors),
-                "dtype": ", ".join(dtypes),
-            } | about
+            return _describe_part(path, kind, contents)
     model = load_full_clip(path, activation=activation)
+    assumed = [note for note in model.notes if is_assumption(note) or BROKEN_MERGE in note]
     return {
         "kind": "full_clip",
         "file": str(path),
@@ -60,8 +64,29 @@ def _describe_model(path: str | os.PathLike, activation: str) -> dict[str, Any]:
         "tensors": len(model.state_dict),
         "parameters": sum(tensor.numel() for tensor in model.state_dict.values()),
         "provenance": dict(model.provenance),
-        "problems": [note for note in model.notes if is_assumption(note)] + not_numbers(model.state_dict),
+        "notes": [note for note in model.notes if note not in assumed],
+        "problems": assumed + not_numbers(model.state_dict),
     }
+
+
+def _describe_part(path: str | os.PathLike, kind: str, contents: Contents) -> dict[str, Any]:
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in contents.tensors.values()})
+    facts = {
+        "kind": kind,
+        "file": str(path),
+        "tensors": len(contents.tensors),
+        "dtype": ", ".join(dtypes),
+        "notes": list(contents.notes),
+    }
+    if kind == "text_encoder":
+        return facts | describe_text_encoder(contents.tensors)
+    if kind == "checkpoint":
+        found = text_encoders_in(contents.tensors)
+        widths = [
+            f"{prefix or 'no prefix'}: {contents.tensors[tokens].shape[-1]} wide" for prefix, tokens in found.items()
+        ]
+        return facts | {"text_encoders": widths, "problems": []}
+    return facts | {"problems": not_numbers(contents.tensors)}
 
 
 def describe_dataset(dataset: ClipDataset, context_length: int = 77) -> dict[str, Any]:

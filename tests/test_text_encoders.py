@@ -6,7 +6,7 @@ from clips import VIT_L_14, random_clip
 from safetensors.torch import load_file, save_file
 
 from clip_finetune.engine import UserError, build_network, export_text_encoder, merge_text_encoder, to_gmp
-from clip_finetune.engine.clip.export import mix_text_encoders, require_clip_l, text_encoder_state_dict
+from clip_finetune.engine.clip.export import CLIP_L, mix_text_encoders, require_text_tower, text_encoder_state_dict
 from clip_finetune.engine.clip.files import same_bits
 from clip_finetune.engine.clip.health import describe_text_encoder
 
@@ -153,11 +153,11 @@ def test_weights_that_are_not_numbers_are_not_exported(tmp_path):
 
 
 def test_only_a_clip_l_with_quickgelu_passes_for_clip_l():
-    require_clip_l(random_clip(VIT_L_14, vision_layers=1))
+    require_text_tower(random_clip(VIT_L_14, vision_layers=1), CLIP_L)
     with pytest.raises(UserError, match="64 wide with 2 layers"):
-        require_clip_l(random_clip())
+        require_text_tower(random_clip(), CLIP_L)
     with pytest.raises(UserError, match="quick_gelu"):
-        require_clip_l(random_clip(VIT_L_14, vision_layers=1, activation="gelu"))
+        require_text_tower(random_clip(VIT_L_14, vision_layers=1, activation="gelu"), CLIP_L)
 
 
 # ---- mixing, and what is wrong with a file ---------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UserError
+from .resnet import DOWNSCALING, STAGES, Shape, feature_width, is_resnet, resnet_shapes, resnet_sizes
 
-Shape = tuple[int, ...]
 Activation = Literal["quick_gelu", "gelu"]
 Parameterization = Literal["linear", "gmp"]
 
@@ -31,15 +31,19 @@ _BLOCK = re.compile(r"^(visual\.)?transformer\.resblocks\.(\d+)\.")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Sizes of an OpenAI-shaped ViT CLIP. Widths in channels, `image_size` and `patch_size` in pixels."""
+    """Sizes of an OpenAI-shaped CLIP. Widths in channels, `image_size` and `patch_size` in pixels.
+
+    The vision tower is a ViT, or a ResNet with attention pooling: `vision_layers` then are the blocks of its four
+    stages, `vision_width` is that of the first, `vision_heads` are the pooling's, and the two that may be None are.
+    """
 
     embed_dim: int
     image_size: int
-    patch_size: int
+    patch_size: int | None
     vision_width: int
-    vision_layers: int
+    vision_layers: int | tuple[int, int, int, int]
     vision_heads: int
-    vision_mlp_width: int
+    vision_mlp_width: int | None
     context_length: int
     vocab_size: int
     text_width: int
@@ -54,22 +58,47 @@ class Architecture:
             if field.name == "activation":
                 if value not in ("quick_gelu", "gelu"):
                     raise UserError(f"The activation is {value!r}; a CLIP has quick_gelu or gelu.")
-            elif not isinstance(value, int) or value < 1:
+            elif self.resnet and field.name in ("vision_layers", "patch_size", "vision_mlp_width"):
+                continue
+            elif not _is_size(value):
                 raise UserError(f"The model says that its {field.name} is {value!r}; it must be a number above 0.")
+        if self.resnet:
+            self._check_resnet()
         for tower, width, heads in (
-            ("vision", self.vision_width, self.vision_heads),
+            ("vision", feature_width(self.vision_width) if self.resnet else self.vision_width, self.vision_heads),
             ("text", self.text_width, self.text_heads),
         ):
             if width % heads:
                 raise UserError(f"The {tower} tower is {width} wide, which {heads} attention heads cannot share.")
 
+    def _check_resnet(self) -> None:
+        layers = self.vision_layers
+        if len(layers) != STAGES or not all(map(_is_size, layers)):
+            raise UserError(f"The model says that its vision_layers are {layers!r}; a ResNet has four numbers above 0.")
+        for name in ("patch_size", "vision_mlp_width"):
+            if getattr(self, name) is not None:
+                raise UserError(f"The model says that its {name} is {getattr(self, name)!r}; a ResNet has none.")
+        if self.image_size % DOWNSCALING:
+            raise UserError(
+                f"The model says that its image_size is {self.image_size}; a ResNet's is a multiple of {DOWNSCALING}."
+            )
+
+    @property
+    def resnet(self) -> bool:
+        """Whether the vision tower is a ResNet."""
+        return isinstance(self.vision_layers, tuple)
+
     @property
     def grid(self) -> int:
-        """Patches along one side of the picture."""
-        return self.image_size // self.patch_size
+        """Patches along one side of the picture; of a ResNet, cells along one side of its last feature map."""
+        return self.image_size // (DOWNSCALING if self.resnet else self.patch_size)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Architecture:
+        """The inverse of `as_dict`, also after JSON, which makes lists of tuples. Raises `UserError`."""
+        layers = values.get("vision_layers")
+        if isinstance(layers, list):
+            values = {**values, "vision_layers": tuple(layers)}
         try:
             return cls(**values)
         except TypeError as error:
@@ -81,29 +110,40 @@ class Architecture:
     def shapes(self, parameterization: Parameterization = "linear") -> dict[str, Shape]:
         """Every tensor of this CLIP under its OpenAI name, with its shape."""
         a = self
-        shapes: dict[str, Shape] = {
-            "visual.class_embedding": (a.vision_width,),
-            "visual.positional_embedding": (a.grid**2 + 1, a.vision_width),
-            "visual.conv1.weight": (a.vision_width, 3, a.patch_size, a.patch_size),
-            "visual.proj": (a.vision_width, a.embed_dim),
+        vision = (
+            resnet_shapes(a.vision_width, a.vision_layers, a.grid, a.embed_dim) if a.resnet
+            else _vit_shapes(a, parameterization)
+        )  # fmt: skip
+        shapes: dict[str, Shape] = vision | {
             "token_embedding.weight": (a.vocab_size, a.text_width),
             "positional_embedding": (a.context_length, a.text_width),
             "text_projection": (a.text_width, a.embed_dim),
             "logit_scale": (),
+            "ln_final.weight": (a.text_width,),
+            "ln_final.bias": (a.text_width,),
         }
-        for norm, width in (
-            ("visual.ln_pre", a.vision_width),
-            ("visual.ln_post", a.vision_width),
-            ("ln_final", a.text_width),
-        ):
-            shapes[f"{norm}.weight"] = shapes[f"{norm}.bias"] = (width,)
-        for prefix, layers, width, mlp in (
-            ("visual.transformer", a.vision_layers, a.vision_width, a.vision_mlp_width),
-            ("transformer", a.text_layers, a.text_width, a.text_mlp_width),
-        ):
-            for layer in range(layers):
-                shapes |= _block_shapes(f"{prefix}.resblocks.{layer}", width, mlp, parameterization)
+        for layer in range(a.text_layers):
+            shapes |= _block_shapes(f"transformer.resblocks.{layer}", a.text_width, a.text_mlp_width, parameterization)
         return shapes
+
+
+def _is_size(value) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def _vit_shapes(a: Architecture, parameterization: Parameterization) -> dict[str, Shape]:
+    width = a.vision_width
+    shapes: dict[str, Shape] = {
+        "visual.class_embedding": (width,),
+        "visual.positional_embedding": (a.grid**2 + 1, width),
+        "visual.conv1.weight": (width, 3, a.patch_size, a.patch_size),
+        "visual.proj": (width, a.embed_dim),
+    }
+    for norm in ("ln_pre", "ln_post"):
+        shapes[f"visual.{norm}.weight"] = shapes[f"visual.{norm}.bias"] = (width,)
+    for layer in range(a.vision_layers):
+        shapes |= _block_shapes(f"visual.transformer.resblocks.{layer}", width, a.vision_mlp_width, parameterization)
+    return shapes
 
 
 def _block_shapes(block: str, width: int, mlp: int, parameterization: Parameterization) -> dict[str, Shape]:
@@ -137,22 +177,15 @@ def architecture_from_shapes(
     """The architecture behind tensors in OpenAI's naming, and a sentence for each thing that had to be assumed.
 
     `heads` is (vision, text) where metadata knows them. Raises `UserError` if the tensors are not those of an
-    OpenAI-shaped ViT CLIP; the sentence names what is missing or misshapen.
+    OpenAI-shaped CLIP; the sentence names what is missing or misshapen.
     """
-    if "visual.layer1.0.conv1.weight" in shapes or "visual.attnpool.positional_embedding" in shapes:
-        raise UserError("this is a CLIP with a ResNet vision tower (RN50 and the like); only ViT CLIPs can be trained.")
+    what = "a full CLIP with a ResNet vision tower" if is_resnet(shapes) else "a full CLIP"
     mlp = "theta" if parameterization_of(shapes) == "gmp" else "weight"
     try:
-        vision_width, _, patch_size, _ = shapes["visual.conv1.weight"]
-        tokens = shapes["visual.positional_embedding"][0]
+        vision = resnet_sizes(shapes) if is_resnet(shapes) else _vit_sizes(shapes, mlp)
         vocab_size, text_width = shapes["token_embedding.weight"]
-        sizes = dict(
+        sizes = vision | dict(
             embed_dim=shapes["text_projection"][1],
-            image_size=round((tokens - 1) ** 0.5) * patch_size,
-            patch_size=patch_size,
-            vision_width=vision_width,
-            vision_layers=_layers(shapes, "visual."),
-            vision_mlp_width=shapes[f"visual.transformer.resblocks.0.mlp.c_fc.{mlp}"][0],
             context_length=shapes["positional_embedding"][0],
             vocab_size=vocab_size,
             text_width=text_width,
@@ -160,21 +193,35 @@ def architecture_from_shapes(
             text_mlp_width=shapes[f"transformer.resblocks.0.mlp.c_fc.{mlp}"][0],
         )
     except KeyError as error:
-        raise UserError(f"this is not a full CLIP: the tensor {error.args[0]} is missing.") from error
+        raise UserError(f"this is not {what}: the tensor {error.args[0]} is missing.") from error
     except (ValueError, IndexError) as error:
-        raise UserError("this is not a full CLIP: its embeddings do not have the shapes of one.") from error
+        raise UserError(f"this is not {what}: its embeddings do not have the shapes of one.") from error
     notes = []
     heads = heads or _known_heads(sizes)
     if heads is None:
-        heads = (max(1, vision_width // 64), max(1, text_width // 64))
+        heads = (sizes["vision_heads"], max(1, text_width // 64))
         notes.append(
             f"{_ASSUMED_HEADS}; {heads[0]} (vision) and {heads[1]} (text) are assumed, one for each 64 channels."
         )
     if activation is None:
         activation = "quick_gelu"
         notes.append(ASSUMED_ACTIVATION)
-    architecture = Architecture(**sizes, vision_heads=heads[0], text_heads=heads[1], activation=activation)
+    architecture = Architecture(**sizes | dict(vision_heads=heads[0]), text_heads=heads[1], activation=activation)
     return architecture, tuple(notes)
+
+
+def _vit_sizes(shapes: Mapping[str, Shape], mlp: str) -> dict[str, Any]:
+    """The vision part of an `Architecture`, with a head for each 64 channels; raises what `resnet_sizes` does."""
+    vision_width, _, patch_size, _ = shapes["visual.conv1.weight"]
+    tokens = shapes["visual.positional_embedding"][0]
+    return dict(
+        image_size=round((tokens - 1) ** 0.5) * patch_size,
+        patch_size=patch_size,
+        vision_width=vision_width,
+        vision_layers=_layers(shapes, "visual."),
+        vision_heads=max(1, vision_width // 64),
+        vision_mlp_width=shapes[f"visual.transformer.resblocks.0.mlp.c_fc.{mlp}"][0],
+    )
 
 
 def is_assumption(note: str) -> bool:
@@ -210,39 +257,43 @@ def counted(names: Sequence[str], noun: str) -> str:
     return f"1 {noun} is" if len(names) == 1 else f"{len(names)} {noun}s are"
 
 
-def _known_heads(sizes: Mapping[str, int]) -> tuple[int, int] | None:
+def _known_heads(sizes: Mapping[str, Any]) -> tuple[int, int] | None:
     """(vision, text) heads of the model in open_clip's list that has all these sizes but the picture's."""
     return _known_models().get(_size_key(sizes))
 
 
-def _size_key(sizes: Mapping[str, int]) -> tuple[int, ...]:
+def _size_key(sizes: Mapping[str, Any]) -> tuple:
     # The picture's size and the context length do not bear on the heads, and fine-tunes change both.
-    skipped = ("image_size", "context_length")
+    skipped = ("image_size", "context_length", "vision_heads")
     return tuple(value for name, value in sorted(sizes.items()) if name not in skipped)
 
 
 @functools.cache
-def _known_models() -> dict[tuple[int, ...], tuple[int, int]]:
+def _known_models() -> dict[tuple, tuple[int, int]]:
     # Read as files: importing open_clip takes seconds, and folding a model does not need it.
     spec = importlib.util.find_spec("open_clip")
     if spec is None or spec.origin is None:
         return {}
-    known: dict[tuple[int, ...], tuple[int, int]] = {}
-    for path in sorted((Path(spec.origin).parent / "model_configs").glob("ViT-*.json")):
+    known: dict[tuple, tuple[int, int]] = {}
+    configs = Path(spec.origin).parent / "model_configs"
+    for path in sorted([*configs.glob("RN*.json"), *configs.glob("ViT-*.json")]):
         config = json.loads(path.read_text(encoding="utf-8"))
         vision, text = config["vision_cfg"], config["text_cfg"]
-        if "hf_model_name" in text or "timm_model_name" in vision or not isinstance(vision.get("layers"), int):
+        width, layers = vision.get("width"), vision.get("layers")
+        if "hf_model_name" in text or "timm_model_name" in vision or not isinstance(layers, (int, list)):
             continue
+        resnet = isinstance(layers, list)
         sizes = dict(
             embed_dim=config["embed_dim"],
             patch_size=vision["patch_size"],
-            vision_width=vision["width"],
-            vision_layers=vision["layers"],
-            vision_mlp_width=int(vision["width"] * vision.get("mlp_ratio", 4.0)),
+            vision_width=width,
+            vision_layers=tuple(layers) if resnet else layers,
+            vision_mlp_width=None if resnet else int(width * vision.get("mlp_ratio", 4.0)),
             vocab_size=text.get("vocab_size", 49408),
             text_width=text["width"],
             text_layers=text["layers"],
             text_mlp_width=int(text["width"] * text.get("mlp_ratio", 4.0)),
         )
-        known.setdefault(_size_key(sizes), (vision["width"] // vision.get("head_width", 64), text["heads"]))
+        shared = feature_width(width) if resnet else width
+        known.setdefault(_size_key(sizes), (shared // vision.get("head_width", 64), text["heads"]))
     return known

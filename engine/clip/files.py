@@ -1,4 +1,4 @@
-"""Safetensors in and out: memory-mapped reading, writing that leaves either the whole file or the old one."""
+"""Files out: writing that leaves either the whole new file or the old one, read back and compared."""
 
 from __future__ import annotations
 
@@ -15,64 +15,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .reading import read_tensors
 
 PART_SUFFIX = ".part"
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-
-
-def read_tensors(path: str | os.PathLike, *, in_memory: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (CPU, the file's dtypes) and metadata of a `.safetensors` file or of a state dict saved by torch.
-
-    Safetensors are memory-mapped unless `in_memory`; a mapped file must not be replaced on Windows while it is in use.
-    Nothing in a file is executed: torch's files are read by its `weights_only` loader, which refuses everything that
-    is not a tensor. Raises `UserError` with the file and the way out.
-    """
-    given, path = path, Path(path)
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise UserError(f"{given} {what}; give the path of a model file.")
-    if path.suffix.lower() in (".pt", ".pth", ".bin", ".ckpt"):
-        return _read_torch(path), {}
-    return _read_safetensors(path, in_memory)
-
-
-def _read_safetensors(path: Path, in_memory: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise UserError(
-            f"{path} is not a whole safetensors file ({error}); download or save it again, or choose another file."
-        ) from error
-    except (OSError, RuntimeError) as error:  # the latter from torch, for a file that cannot be mapped
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be read ({reason}).") from error
-    if in_memory:
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    return tensors, metadata
-
-
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except Exception as error:  # damaged files make torch raise whatever its readers stumble over
-        raise UserError(
-            f"{path} is not a whole file of plain weights, and nothing else in it is ever run; use a .safetensors file "
-            "of this model."
-        ) from error
-    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
-        raise UserError(f"{path} does not hold named weights; use a .safetensors file of this model.")
-    return {name: value.detach() for name, value in loaded.items() if isinstance(value, Tensor)}
-
-
-def _is_zip(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str]) -> Path:
@@ -81,14 +27,22 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, me
     After any failure the place holds what it held before. Raises `UserError` for a full disk or a folder that cannot
     be written to.
     """
+    path = Path(path)
+    with replacing(path, sum(tensor.nbytes for tensor in tensors.values())) as beside:
+        write_compared(tensors, beside, metadata, path)
+    return path
+
+
+def write_compared(tensors: Mapping[str, Tensor], beside: Path, metadata: Mapping[str, str], path: Path) -> None:
+    """Write safetensors to `beside`, a name from `replacing` or in `replacing_folder`'s folder, and read them back.
+
+    Raises `UserError`, in which the file is called `path`, if they are not the same, and what safetensors raises.
+    """
     from safetensors.torch import save_file
 
-    path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(path, sum(tensor.nbytes for tensor in tensors.values())) as beside:
-        save_file(tensors, beside, dict(metadata))
-        _compare(beside, tensors, path)
-    return path
+    save_file(tensors, beside, dict(metadata))
+    _compare(beside, tensors, path)
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:
@@ -109,20 +63,67 @@ def replacing(path: Path, size: int = 0):
     `size` is what will be written, in bytes. A process that is killed leaves the folder (see `remove_parts`), with all
     that its writer, which may have half-written files of its own, left in it.
     """
-    from safetensors import SafetensorError
-
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART_SUFFIX}")
+    part = _part_beside(path)
     beside = part / path.name
     try:
-        part.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-        yield beside
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(beside, mode)  # safetensors writes files that only their owner may read
-        os.replace(beside, path)
-        _sync_folder(path.parent)
+        with _explained(path, size):
+            part.mkdir(parents=True, exist_ok=True)
+            with open(beside, "wb") as file:
+                mode = os.fstat(file.fileno()).st_mode
+            yield beside
+            _finish(beside, mode)
+            os.replace(beside, path)
+            _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)  # what could not be made cannot be removed
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path, size: int = 0):
+    """Gives an empty folder to put files in; on success they are synced to the disk and it is moved to `path`, whole.
+
+    As in `replacing`, it lies in a hidden folder beside `path`, which a killed process leaves, and `size` is in bytes.
+    Raises `UserError` if something other than an empty folder is there.
+    """
+    with _explained(path, size):
+        if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+            raise UserError(f"{path} is already there; choose a folder that does not exist or is empty.")
+        place = path.resolve()  # a link to an empty folder stays, and "." gets a name
+        part = _part_beside(place)
+        beside = part / place.name
+        try:
+            beside.mkdir(parents=True)
+            yield beside
+            mode = beside.stat().st_mode & 0o666  # the umask's, as a new file would get it
+            for file in beside.iterdir():
+                _finish(file, mode)
+            _sync_folder(beside)
+            if place.is_dir():
+                place.rmdir()  # Windows does not replace even an empty one; one that was filled meanwhile stays
+            os.replace(beside, place)
+            _sync_folder(place.parent)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _part_beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART_SUFFIX}")
+
+
+def _finish(file: Path, mode: int) -> None:
+    """Sync a written file to the disk and set its mode."""
+    with open(file, "rb+") as opened:
+        os.fsync(opened.fileno())
+    os.chmod(file, mode)  # safetensors writes files that only their owner may read
+
+
+@contextlib.contextmanager
+def _explained(path: Path, size: int):
+    """Turns what writing raises into a `UserError` about `path`, which was to hold `size` bytes."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) in _FULL_DISK or "os error 28" in str(error).lower()
         if full:
@@ -132,8 +133,6 @@ def replacing(path: Path, size: int = 0):
             ) from error
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} could not be written ({reason}); choose a folder that you can write to.") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)  # what could not be made cannot be removed
 
 
 def remove_parts(folder: Path) -> None:
@@ -156,7 +155,7 @@ def _megabytes(size: int) -> str:
 
 
 def _compare(written: Path, tensors: Mapping[str, Tensor], path: Path) -> None:
-    read, _ = _read_safetensors(written, in_memory=False)
+    read, _ = read_tensors(written)
     different = [name for name, tensor in tensors.items() if name not in read or not same_bits(read[name], tensor)]
     if different or len(read) != len(tensors):
         raise UserError(f"{path} was not written: reading it back gave other values for {different[:1]}; try again.")

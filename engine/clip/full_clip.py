@@ -27,10 +27,17 @@ from .architecture import (
     is_assumption,
     parameterization_of,
 )
-from .files import read_tensors, write_safetensors
+from .files import write_safetensors
+from .health import BROKEN_MERGE, made_by_a_broken_merge
+from .long_clip import LONG_CONTEXT, stretch_context, with_one_table
+from .reading import read_contents
+from .sources import find_source
 
 METADATA_KEY = "clip_finetune"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+MIXED = "mixed"
+_NO_CURE = "The real out_proj is lost: training cannot bring it back. Use the model that it was made from."
+_WEIGHT_DTYPES = (*DTYPES.values(), torch.float64)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,34 +98,42 @@ class FullCLIP:
 
 
 def load_full_clip(
-    source: str | os.PathLike, *, activation: Activation | str = "auto", in_memory: bool = False
+    source: str | os.PathLike,
+    *,
+    activation: Activation | str = "auto",
+    context_length: int | None = None,
+    in_memory: bool = False,
 ) -> FullCLIP:
-    """Open a full CLIP: a file, a folder with `model.safetensors` in it, or a name such as `ViT-L-14/openai`.
+    """Open a full CLIP: a file of any program's making, a folder, or a name such as `ViT-L-14/openai`.
 
     Tensors come memory-mapped from safetensors unless `in_memory`. `activation` overrides what the file says or what
-    would be assumed. Names download from the hub through open_clip. Raises `UserError`.
+    would be assumed. `context_length` 248 stretches a model that reads 77 tokens. Names download from the hub. Nothing
+    in a file is executed. Raises `UserError`.
     """
     if activation not in ("auto", "quick_gelu", "gelu"):
         raise UserError(f"The activation {activation!r} is not known; choose auto, quick_gelu or gelu.")
-    path, known = find_file(source)
-    tensors, metadata = read_tensors(path, in_memory=in_memory)
-    ours = _our_metadata(metadata, path)
-    config = _hf_config(path)
+    if context_length not in (None, LONG_CONTEXT):
+        raise UserError(f"The context length {context_length} is not known; leave it out, or choose {LONG_CONTEXT}.")
+    found = find_source(source)
+    contents = read_contents(found.path, in_memory=in_memory)
+    ours = _our_metadata(contents.metadata, found.path)
     try:
-        tensors = _to_openai_names(tensors)
+        tensors = _to_openai_names(contents.tensors)
         chosen = None if activation == "auto" else activation
-        said = (ours or {}).get("activation") or (config or {}).get("activation") or known
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if ours is not None:
-            architecture = Architecture.from_dict(ours["architecture"] | {"activation": chosen or said})
-            notes: tuple[str, ...] = tuple(ours.get("notes", ()))
-            if chosen:
-                notes = tuple(note for note in notes if note != ASSUMED_ACTIVATION)
+            said = ours["architecture"] | {"activation": chosen or ours.get("activation")}
+            architecture, notes = Architecture.from_dict(said), tuple(ours.get("notes", ()))
+            notes = tuple(note for note in notes if not (chosen and note == ASSUMED_ACTIVATION))
         else:
-            heads = config["heads"] if config else None
-            architecture, notes = architecture_from_shapes(shapes, activation=chosen or said, heads=heads)
-        provenance = dict((ours or {}).get("provenance") or {"source": path.name})
-        return FullCLIP(architecture, tensors, provenance, notes)
+            architecture, notes = architecture_from_shapes(
+                {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+                activation=chosen or contents.activation or found.activation,
+                heads=contents.heads or found.heads,
+            )
+        provenance = dict((ours or {}).get("provenance") or {"source": found.path.name})
+        broken = (f"{found.path.name} {BROKEN_MERGE} {_NO_CURE}",) if made_by_a_broken_merge(tensors) else ()
+        full_clip = FullCLIP(architecture, tensors, provenance, (*notes, *contents.notes, *broken))
+        return stretch_context(full_clip) if context_length else full_clip
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
 
@@ -126,8 +141,8 @@ def load_full_clip(
 def save_full_clip(full_clip: FullCLIP, path: str | os.PathLike, *, dtype: str | None = None) -> Path:
     """Write a full CLIP under OpenAI's names (GmP's for one in GmP form) with its architecture in the metadata.
 
-    `dtype` is fp16, bf16 or fp32; None keeps each tensor's own. The file is read back and compared before it takes
-    its place. Raises `UserError`.
+    `dtype` is fp16, bf16, fp32 or mixed; None keeps each tensor's own. The file is read back and compared before it
+    takes its place. Raises `UserError`.
     """
     if Path(path).suffix != ".safetensors":
         raise UserError(f"{path} must end in .safetensors.")
@@ -149,65 +164,48 @@ def file_metadata(full_clip: FullCLIP) -> dict[str, str]:
 
 
 def cast(tensors: Mapping[str, Tensor], dtype: str | None, path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors in fp16, bf16 or fp32 (None: as they are); refuses values that would become infinite."""
+    """The tensors in fp16, bf16 or fp32 (None: as they are); refuses values that would become infinite.
+
+    `mixed` is OpenAI's own layout, for tensors under OpenAI's names: fp16, but norms, embeddings and `logit_scale` (and
+    GmP's lengths and directions) in fp32.
+    """
     if dtype is None:
         return dict(tensors)
-    if dtype not in DTYPES:
-        raise UserError(f"The dtype {dtype!r} is not known; choose fp16, bf16 or fp32.")
+    if dtype != MIXED and dtype not in DTYPES:
+        raise UserError(f"The dtype {dtype!r} is not known; choose fp16, bf16, fp32 or mixed.")
     result = {}
     for name, tensor in tensors.items():
-        result[name] = tensor.to(DTYPES[dtype])
-        if dtype == "fp16" and not torch.isfinite(result[name]).all() and torch.isfinite(tensor).all():
+        to = DTYPES[dtype] if dtype != MIXED else torch.float32 if _fp32_in_openais(name) else torch.float16
+        result[name] = tensor.to(to)
+        if to == torch.float16 and not torch.isfinite(result[name]).all() and torch.isfinite(tensor).all():
             raise UserError(f"{path} was not written: {name} holds values too large for fp16; choose bf16 or fp32.")
     return result
 
 
+def _fp32_in_openais(name: str) -> bool:
+    norms = ("ln_", "bn", "downsample.1")
+    return (
+        name == "logit_scale"
+        or name.endswith(("_embedding", "token_embedding.weight", ".r", ".theta"))
+        or any(part.startswith(norms) for part in name.replace("downsample.1", "bn").split("."))
+    )
+
+
 def kind_of(tensor_names: Iterable[str]) -> str:
-    """What a file with these names is: full_clip, text_encoder, vision_encoder, training_state or unknown."""
-    found = set(tensor_names)
+    """What a file with these names is: full_clip, text_encoder, vision_encoder, checkpoint (of an image model), lora,
+    training_state or unknown."""
+    found = names.unwrapped(dict.fromkeys(tensor_names))
     if any(name.startswith("optimizer.") for name in found):
         return "training_state"
-    text = any(name.endswith(("token_embedding.weight",)) for name in found)
-    vision = any(name.startswith(("visual.", "vision_model.")) or name.startswith("module.visual.") for name in found)
+    if any(name.startswith(("diffusion_model.", "model.diffusion_model.", "double_blocks.")) for name in found):
+        return "checkpoint"
+    if any(name.startswith("lora_") or ".lora_" in name for name in found):
+        return "lora"
+    text = any(name.endswith("token_embedding.weight") for name in found)
+    vision = any(name.startswith(("visual.", "vision_model.")) for name in found)
     if text and vision:
         return "full_clip"
     return "text_encoder" if text else "vision_encoder" if vision else "unknown"
-
-
-def find_file(source: str | os.PathLike) -> tuple[Path, Activation | None]:
-    """The file behind a path, a folder or a name, and the activation where the name tells it."""
-    path = Path(source)
-    if path.is_dir():
-        if not (path / "model.safetensors").is_file():
-            raise UserError(f"{source} is a folder without a model.safetensors in it; give the path of a model file.")
-        return path / "model.safetensors", None
-    if not path.exists() and path.suffix:
-        raise UserError(f"{source} does not exist; give the path of a model file.")
-    if path.exists():
-        return path, None
-    model, slash, tag = str(source).replace("\\", "/").partition("/")
-    if not slash or "/" in tag:
-        raise UserError(f"{source} does not exist; give a model file or a name such as ViT-L-14/openai.")
-    return _download(model, tag)
-
-
-def _download(model: str, tag: str) -> tuple[Path, Activation]:
-    import open_clip
-
-    pretrained, config = open_clip.get_pretrained_cfg(model, tag), open_clip.get_model_config(model)
-    if not pretrained or not config:
-        raise UserError(
-            f"{model}/{tag} is neither a file nor a model that open_clip knows; the best known is ViT-L-14/openai."
-        )
-    try:
-        file = open_clip.download_pretrained(pretrained)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"{model}/{tag} could not be downloaded ({str(error).splitlines()[0]}); check the network, "
-            "or put the model's .safetensors file on disk and choose that."
-        ) from error
-    quick = pretrained.get("quick_gelu", False) or config.get("quick_gelu", False)
-    return Path(file), "quick_gelu" if quick else "gelu"
 
 
 def _our_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
@@ -226,45 +224,29 @@ def _our_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | N
     raise UserError(f"{path} has damaged metadata under {METADATA_KEY}; save the model again or use another file.")
 
 
-def _hf_config(path: Path) -> dict[str, Any] | None:
-    """Activation and heads from the `config.json` of a Hugging Face CLIP beside the file."""
-    file = path.parent / "config.json"
-    if not file.is_file():
-        return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError):
-        return None  # some other program's file
-    if not isinstance(config, dict) or config.get("model_type") != "clip":
-        return None
-    text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
-    # Hugging Face leaves out what equals its defaults, which are those of ViT-B/32.
-    return {
-        "activation": text.get("hidden_act", "quick_gelu"),
-        "heads": (vision.get("num_attention_heads", 12), text.get("num_attention_heads", 8)),
-    }
+_OTHER_KINDS = {
+    "text_encoder": "this is a text encoder only; merge it into a full CLIP first (MergeTEWithVision, or clip-finetune "
+    "merge).",
+    "vision_encoder": "this is a vision encoder only; a full CLIP has a text tower too.",
+    "training_state": "this is the saved state of a training run; open best.safetensors beside it.",
+    "checkpoint": "this is an image model, not a CLIP; take the text encoder out of it and merge that into a full CLIP "
+    "(MergeTEWithVision with the checkpoint's CLIP, or clip-finetune merge --text with this file).",
+    "lora": "this is a LoRA, not a model; apply it to a CLIP in ComfyUI, and merge that (MergeTEWithVision).",
+    "unknown": "this is not a CLIP: it has neither a text tower nor a vision tower.",
+}
 
 
 def _to_openai_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     kind = kind_of(tensors)
     if kind != "full_clip":
-        raise UserError(
-            {
-                "text_encoder": "this is a text encoder only; merge it into a full CLIP first "
-                "(MergeTEWithVision, or clip-finetune merge).",
-                "vision_encoder": "this is a vision encoder only; a full CLIP has a text tower too.",
-                "training_state": "this is the saved state of a training run; open best.safetensors beside it.",
-            }.get(kind, "this is not a CLIP: it has neither a text tower nor a vision tower.")
-        )
-    tensors = names.unwrapped(tensors)
-    if any(name.startswith("text_model.") for name in tensors):
-        try:
-            tensors = names.from_hf(tensors)
-        except KeyError as error:
-            raise UserError(f"this is not a full CLIP: the tensor {error.args[0]} is missing.") from error
-    odd = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+        raise UserError(_OTHER_KINDS[kind])
+    try:
+        tensors = names.to_openai(tensors)
+    except KeyError as error:
+        raise UserError(f"this is not a full CLIP: the tensor {error.args[0]} is missing.") from error
+    odd = [name for name, tensor in tensors.items() if tensor.dtype not in _WEIGHT_DTYPES]
     if odd:
         raise UserError(f"the tensor {odd[0]} holds {tensors[odd[0]].dtype}, which is not a weight.")
     if "logit_scale" in tensors and tensors["logit_scale"].numel() == 1:
         tensors["logit_scale"] = tensors["logit_scale"].reshape(())
-    return dict(tensors)
+    return with_one_table(tensors)

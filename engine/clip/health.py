@@ -9,10 +9,10 @@ from torch import Tensor
 
 from . import names
 from .architecture import Architecture, Shape, counted
-from .export import text_shapes
 
 _MARK = "text_model.embeddings.token_embedding.weight"
 _LAYER = "text_model.encoder.layers."
+BROKEN_MERGE = "was made by a broken merge script: in every layer of the text tower attn.out_proj equals v_proj."
 
 
 def not_numbers(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -21,6 +21,20 @@ def not_numbers(tensors: Mapping[str, Tensor]) -> list[str]:
     if not broken:
         return []
     return [f"{counted(broken, 'tensor')} not made of numbers only (NaN or infinite); the first is {broken[0]}."]
+
+
+def made_by_a_broken_merge(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a text tower under OpenAI's names bears the mark of a well-known broken merge: v_proj in every out_proj.
+
+    Of a sound one, only the first layer is read.
+    """
+    layers = [name for name in tensors if name.startswith("transformer.") and name.endswith(".attn.in_proj_weight")]
+    return bool(layers) and all(_out_equals_v(tensors, name.removesuffix("in_proj_weight")) for name in layers)
+
+
+def _out_equals_v(tensors: Mapping[str, Tensor], attention: str) -> bool:
+    out = tensors.get(f"{attention}out_proj.weight")
+    return out is not None and torch.equal(tensors[f"{attention}in_proj_weight"].chunk(3)[-1], out)
 
 
 def describe_text_encoder(tensors: Mapping[str, Tensor]) -> dict:
@@ -87,11 +101,18 @@ def _wanted(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str
 
 
 def _copied_values(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The mark of a well-known broken merge."""
+    """The mark of a well-known broken merge, under Hugging Face's names."""
     values = [name for name in tensors if name.endswith(".self_attn.v_proj.weight")]
     others = [name.replace("v_proj", "out_proj") for name in values]
-    if values and all(
-        o in tensors and torch.equal(tensors[v], tensors[o]) for v, o in zip(values, others, strict=True)
-    ):
-        return ["It was made by a broken merge script: in every layer attn.out_proj equals v_proj."]
-    return []
+    copied = all(o in tensors and torch.equal(tensors[v], tensors[o]) for v, o in zip(values, others, strict=True))
+    return [f"It {BROKEN_MERGE}"] if values and copied else []
+
+
+def text_shapes(architecture: Architecture) -> Mapping[str, tuple[int, ...]]:
+    """Names and shapes of a text encoder file's tensors for this architecture."""
+    expected = {
+        name: torch.empty(shape, device="meta")
+        for name, shape in architecture.shapes("linear").items()
+        if names.is_text_name(name)
+    }
+    return {name: tuple(tensor.shape) for name, tensor in names.to_hf(expected).items()}

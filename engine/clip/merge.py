@@ -1,22 +1,30 @@
-"""A text encoder put into a full CLIP, which gives the vision tower, both projections and `logit_scale`."""
+"""One tower of a full CLIP replaced: by a text encoder's, by a vision encoder's, or by that of another full CLIP."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import UserError
 from . import names
 from .architecture import check_shapes
-from .files import read_tensors
-from .full_clip import FullCLIP, find_file
+from .full_clip import FullCLIP
 from .gmp import fold_gmp
+from .health import BROKEN_MERGE, made_by_a_broken_merge
+from .long_clip import LONG_CONTEXT, with_one_table
+from .reading import read_tensors
+from .sources import find_source
 
-_PROJECTION = "text_projection.weight"
+_PROJECTION = "text_projection"
+_VISION_PROJECTION = "visual.proj"
+# Two training runs of one model leave its projections nearly parallel; those of two models have nothing in common.
+_SAME_PROJECTION = 0.5
 
 
 def merge_text_encoder(
@@ -24,83 +32,151 @@ def merge_text_encoder(
 ) -> FullCLIP:
     """`full_clip` with the text tower of `text_encoder`: a file, a checkpoint that holds one, or its tensors.
 
-    Known are Hugging Face's names with the prefixes of SDXL and SD1.5 checkpoints and of ComfyUI's saved CLIPs, and
-    OpenAI's names. `text_projection` and `logit_scale` always are the full CLIP's: diffusion files carry none that
-    can be trusted. Tensors keep their dtypes. `source` names tensors that do not come from a file, for messages.
+    Known are Hugging Face's names and OpenAI's, with the prefixes of SDXL, SD1.5, SD2 and SD3 checkpoints and of
+    ComfyUI's saved CLIPs; of several text encoders the one that is as wide is taken. `text_projection` and
+    `logit_scale` always are the full CLIP's: diffusion files carry none that can be trusted. Tensors keep their dtypes.
+    `source` names tensors that do not come from a file, for messages.
 
     Raises `UserError` for a file without a text encoder or with one of another shape, for GmP tensors, values that
     are not finite, and the mark of a well-known broken merge (every out_proj equal to v_proj).
     """
     if not isinstance(text_encoder, Mapping):
         source = str(text_encoder)
-        text_encoder, _ = read_tensors(find_file(text_encoder)[0])
-    base = fold_gmp(full_clip) if full_clip.parameterization == "gmp" else full_clip
-    text = _find_text_tower(names.unwrapped(text_encoder), source)
-    projection = text.pop(_PROJECTION, None)
-    tower = _to_openai(text, source)
+        text_encoder = read_tensors(find_source(text_encoder).path)[0]
+    base, notes = _plain(full_clip)
+    tower = _text_tower(names.unwrapped(text_encoder), base.architecture.text_width, source)
+    projection = tower.pop(_PROJECTION, None)
     _check(tower, base, source)
-    notes = _warnings(tower, projection, base)
-    if base is not full_clip:
-        notes.append("The full CLIP was in GmP form; it was folded to plain weights first.")
+    notes = _warnings(tower, projection, base) + notes
     return base.derive(tower, step=f"text tower replaced by that of {Path(source).name}", notes=notes)
 
 
-def _find_text_tower(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The text tower's tensors under Hugging Face's or OpenAI's names, without a prefix."""
-    for prefix in names.TEXT_ENCODER_PREFIXES:
-        if f"{prefix}text_model.embeddings.token_embedding.weight" in tensors:
-            wanted = (f"{prefix}text_model.", f"{prefix}{_PROJECTION}")
-            return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(wanted)}
-    if "token_embedding.weight" in tensors:
-        found = {name: tensor for name, tensor in tensors.items() if names.is_text_name(name)}
-        if "text_projection" in found:
-            found[_PROJECTION] = found.pop("text_projection").t()
-        return found
-    raise UserError(
-        f"{source} holds no CLIP text encoder; give a text encoder file, or an SD1.5 or SDXL checkpoint "
-        f"(looked for {' and '.join(prefix + 'text_model.' for prefix in names.TEXT_ENCODER_PREFIXES)})."
+def merge_vision_encoder(
+    vision_encoder: str | os.PathLike | Mapping[str, Tensor], full_clip: FullCLIP, *, source: str = "the vision encoder"
+) -> FullCLIP:
+    """`full_clip` with the vision tower of `vision_encoder`: a file for ComfyUI's CLIPVisionLoader, or its tensors.
+
+    Its own projection is taken too if it is one of the same model (the cosine with the full CLIP's is above 0.5);
+    where there is none, or one of uninitialised memory, the full CLIP's stays, and a note says so. Tensors keep their
+    dtypes. Raises `UserError` as `merge_text_encoder` does.
+    """
+    if not isinstance(vision_encoder, Mapping):
+        source = str(vision_encoder)
+        vision_encoder = read_tensors(find_source(vision_encoder).path)[0]
+    base, notes = _plain(full_clip)
+    tower = {name: t for name, t in _openai_names(vision_encoder, source).items() if names.is_vision_name(name)}
+    if not tower:
+        raise UserError(f"{source} holds no CLIP vision encoder; give a file that ComfyUI's CLIPVisionLoader opens.")
+    projection = tower.pop(_VISION_PROJECTION, None)
+    _check(tower, base, source)
+    if projection is not None and _of_the_same_model(projection, base.state_dict[_VISION_PROJECTION]):
+        tower[_VISION_PROJECTION] = projection
+    elif projection is not None:
+        notes.append("The vision encoder's own projection is of no use; the full CLIP's is used.")
+    return base.derive(tower, step=f"vision tower replaced by that of {Path(source).name}", notes=notes)
+
+
+def transplant_tower(text_from: FullCLIP, vision_from: FullCLIP) -> FullCLIP:
+    """The text tower (with its projection and `logit_scale`) of one model and the vision tower (with its) of another.
+
+    A model in GmP form is folded unless both are. Raises `UserError` if the two do not embed into equally many
+    channels, or compute different activations.
+    """
+    text, vision = text_from.architecture, vision_from.architecture
+    for what, one, other in (
+        ("embed into", f"{text.embed_dim} channels", f"{vision.embed_dim} channels"),
+        ("compute", text.activation, vision.activation),
+    ):
+        if one != other:
+            raise UserError(f"The towers do not fit: the models {what} {one} (text) and {other} (vision).")
+    notes: list[str] = []
+    if text_from.parameterization != vision_from.parameterization:
+        (text_from, notes), (vision_from, more) = _plain(text_from), _plain(vision_from)
+        notes += more
+    tower = {name: tensor for name, tensor in vision_from.state_dict.items() if names.is_vision_name(name)}
+    rest = {name: tensor for name, tensor in text_from.state_dict.items() if not names.is_vision_name(name)}
+    sizes = {
+        name: value
+        for name, value in vision.as_dict().items()
+        if name.startswith("vision_") or name in ("image_size", "patch_size")
+    }
+    history = [*text_from.provenance.get("history", ()), f"vision tower of {vision_from.provenance.get('source')}"]
+    return FullCLIP(
+        dataclasses.replace(text, **sizes),
+        rest | tower,
+        {**text_from.provenance, "history": history},
+        tuple(dict.fromkeys((*text_from.notes, *vision_from.notes, *notes))),
     )
 
 
-def _to_openai(text: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    unfolded = [name for name in text if name.endswith((".r", ".theta"))]
-    if unfolded:
+def _plain(full_clip: FullCLIP) -> tuple[FullCLIP, list[str]]:
+    if full_clip.parameterization == "linear":
+        return full_clip, []
+    return fold_gmp(full_clip), ["The full CLIP was in GmP form; it was folded to plain weights first."]
+
+
+def _text_tower(tensors: Mapping[str, Tensor], width: int, source: str) -> dict[str, Tensor]:
+    """The text tower's tensors under OpenAI's names; of several text encoders, that of this width."""
+    found = names.text_encoders_in(tensors)
+    if not found:
+        raise UserError(
+            f"{source} holds no CLIP text encoder; give a text encoder file, or an SD1.5 or SDXL checkpoint "
+            f"(looked for {' and '.join(prefix + 'text_model.' for prefix in names.TEXT_ENCODER_PREFIXES)})."
+        )
+    fitting = [prefix for prefix, tokens in found.items() if tensors[tokens].shape[-1:] == (width,)]
+    prefix = (fitting or list(found))[0]
+    text = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if unfolded := [name for name in text if name.endswith((".r", ".theta"))]:
         raise UserError(
             f"{source} is in GmP form ({unfolded[0]}), which no text encoder may be; fold it first with FoldGmP or "
             "clip-finetune fold."
         )
-    if not any(name.startswith("text_model.") for name in text):
-        return text
+    return {name: tensor for name, tensor in _openai_names(text, source).items() if _is_text(name)}
+
+
+def _is_text(name: str) -> bool:
+    """Whether an OpenAI name is one of a text tower, known or not; a checkpoint's file holds much else."""
+    return name in ("token_embedding.weight", "positional_embedding", _PROJECTION) or name.startswith(
+        ("transformer.resblocks.", "ln_final.", "text_model.")
+    )
+
+
+def _openai_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     try:
-        return names.from_hf(text)
+        return with_one_table(names.to_openai(tensors))
     except KeyError as error:
-        raise UserError(f"{source} is not a whole text encoder: {error.args[0]} is missing; get it anew.") from error
+        raise UserError(f"{source} is not whole: {error.args[0]} is missing; get it anew.") from error
+    except UserError as error:
+        raise UserError(f"{source} cannot be used: {error}") from error
 
 
 def _check(tower: dict[str, Tensor], base: FullCLIP, source: str) -> None:
-    rest = {name: tensor for name, tensor in base.state_dict.items() if name not in tower and not _in_tower(name)}
+    """Refuse a tower (without its projection) that does not fit, or that other programs have broken."""
+    vision = names.is_vision_name(next(iter(tower), ""))
+    own = names.is_vision_name if vision else names.is_text_name
+    projection = (_VISION_PROJECTION, _PROJECTION)
+    rest = {name: t for name, t in base.state_dict.items() if not own(name) or name in projection}
     try:
         check_shapes({name: tuple(tensor.shape) for name, tensor in (rest | tower).items()}, base.architecture)
     except UserError as error:
-        raise UserError(f"{source} does not fit this full CLIP: {error}") from error
+        long = "positional_embedding" in tower and len(tower["positional_embedding"]) == LONG_CONTEXT
+        hint = (
+            f" It reads {LONG_CONTEXT} tokens: load the full CLIP with the context length {LONG_CONTEXT}."
+            if long
+            else ""
+        )
+        raise UserError(f"{source} does not fit this full CLIP: {error}{hint}") from error
     for name, tensor in tower.items():
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
             raise UserError(f"{source} is damaged: {name} holds values that are not numbers; get the file anew.")
-    if all(_out_equals_v(tower, layer) for layer in range(base.architecture.text_layers)):
-        raise UserError(
-            f"{source} was made by a broken merge script: in every layer attn.out_proj equals v_proj. "
-            "Use the text encoder that it was made from."
-        )
+    if not vision and made_by_a_broken_merge(tower):
+        raise UserError(f"{source} {BROKEN_MERGE} Use the text encoder that it was made from.")
 
 
-def _in_tower(name: str) -> bool:
-    """True for what a text encoder must bring itself: all of the text tower but the projection."""
-    return names.is_text_name(name) and name != "text_projection"
-
-
-def _out_equals_v(tower: Mapping[str, Tensor], layer: int) -> bool:
-    attention = f"transformer.resblocks.{layer}.attn."
-    return torch.equal(tower[f"{attention}in_proj_weight"].chunk(3)[2], tower[f"{attention}out_proj.weight"])
+def _of_the_same_model(projection: Tensor, own: Tensor) -> bool:
+    if projection.shape != own.shape or not torch.isfinite(projection).all():
+        return False
+    return float(F.cosine_similarity(projection.double().flatten(), own.double().flatten(), dim=0)) > _SAME_PROJECTION
 
 
 def _warnings(tower: Mapping[str, Tensor], projection: Tensor | None, base: FullCLIP) -> list[str]:
@@ -115,16 +191,15 @@ def _warnings(tower: Mapping[str, Tensor], projection: Tensor | None, base: Full
     if projection is None:
         return notes
     given = projection.float()
-    if given.shape == own.shape and torch.allclose(given, own.float(), atol=1e-3) and not torch.equal(own, own.t()):
-        notes.append(
-            "The text encoder's projection is the transpose of the full CLIP's; it was ignored, and the full CLIP's is "
-            "used."
-        )
-    elif given.shape != own.t().shape or not torch.allclose(given, own.float().t(), atol=1e-3):
-        what = (
-            "not finite" if not torch.isfinite(given).all() else "an identity" if _is_identity(given) else "another one"
-        )
-        notes.append(f"The text encoder's own projection is {what}; it was ignored, and the full CLIP's is used.")
+    if given.shape == own.shape and torch.allclose(given, own.float(), atol=1e-3):
+        return notes
+    if given.shape == own.t().shape and torch.allclose(given, own.float().t(), atol=1e-3):
+        what = "the transpose of the full CLIP's"
+    elif not torch.isfinite(given).all():
+        what = "not finite"
+    else:
+        what = "an identity" if _is_identity(given) else "another one"
+    notes.append(f"The text encoder's own projection is {what}; it was ignored, and the full CLIP's is used.")
     return notes
 
 

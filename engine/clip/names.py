@@ -7,7 +7,7 @@ OpenAI keeps the three attention projections as one tensor, query, key and value
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -40,31 +40,88 @@ _FROM_OUTSIDE = {hf: openai for openai, hf in _OUTSIDE.items()}
 _FROM_TRANSPOSED = {hf: openai for openai, hf in _TRANSPOSED.items()}
 _SPLIT = re.compile(r"^(.*)\.self_attn\.([qkv])_proj\.(weight|bias)$")
 
-# What stands before Hugging Face's `text_model.` names in SDXL and SD1.5 checkpoints, in CLIPs that ComfyUI saved, in
-# SD3 checkpoints, and in a text encoder's own file.
+# What stands before a text encoder's names: before `text_model.` in SDXL and SD1.5 checkpoints, in CLIPs that ComfyUI
+# saved, in SD3 checkpoints, in diffusers' own and in a text encoder's file; before OpenAI's names in SDXL's second text
+# encoder, in SD2 and in full CLIPs.
 TEXT_ENCODER_PREFIXES = (
     "conditioner.embedders.0.transformer.",
     "cond_stage_model.transformer.",
     "clip_l.transformer.",
+    "clip_g.transformer.",
     "text_encoders.clip_l.transformer.",
+    "text_encoders.clip_g.transformer.",
+    "conditioner.embedders.1.model.",
+    "cond_stage_model.model.",
+    "text_encoder.",
+    "text_encoder_2.",
     "",
 )
+_TOKENS = ("text_model.embeddings.token_embedding.weight", "token_embedding.weight")
 
 
 # Bookkeeping that some programs store among the weights.
-_NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
+_NOT_WEIGHTS = (
+    "input_resolution", "context_length", "vocab_size", "attn_mask", "num_batches_tracked", "mask1", "mask2",
+)  # fmt: skip
+# What training and compiling put before every name.
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "clip_model.", "clip.")
+_SPLIT_OPENAI = re.compile(r"^(.*\.attn)\.([qkv])_proj\.(weight|bias)$")
 
 
 def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without bookkeeping, and without the `module.` that training on several graphics cards leaves before names."""
-    if tensors and all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    return {name: tensor for name, tensor in tensors.items() if name not in _NOT_WEIGHTS}
+    """Without bookkeeping, and without what wrappers of a model leave before its names."""
+    wrapped = True
+    while wrapped:
+        wrapped = next((w for w in _WRAPPERS if tensors and all(name.startswith(w) for name in tensors)), "")
+        if wrapped:
+            tensors = {name.removeprefix(wrapped): tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] not in _NOT_WEIGHTS}
+
+
+def to_openai(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """OpenAI's names from Hugging Face's, open_clip's, or OpenAI's with attention in three parts.
+
+    Names that are not a CLIP's stay as they are. Raises KeyError with the name of a missing third of an attention.
+    """
+    tensors = unwrapped(tensors)
+    if any(name.startswith(("text_model.", "vision_model.")) for name in tensors):
+        return from_hf(tensors)
+    if "text.token_embedding.weight" in tensors:
+        tensors = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}
+    return _fused(tensors)
+
+
+def _fused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Query, key and value, where they are apart under OpenAI's names, as one tensor in that order."""
+    fused: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        split = _SPLIT_OPENAI.match(name)
+        if split and split[2] == "q":
+            parts = [tensors[f"{split[1]}.{letter}_proj.{split[3]}"] for letter in "qkv"]
+            fused[f"{split[1]}.in_proj_{split[3]}"] = torch.cat(parts)
+        elif not split:
+            fused[name] = tensor
+    return fused
+
+
+def text_encoders_in(tensor_names: Iterable[str]) -> dict[str, str]:
+    """The token embeddings of the text encoders in a file, by the prefix before each one's names."""
+    found, there = {}, set(tensor_names)
+    for prefix in TEXT_ENCODER_PREFIXES:
+        for tokens in _TOKENS:
+            if prefix + tokens in there:
+                found.setdefault(prefix, prefix + tokens)
+    return found
 
 
 def is_text_name(name: str) -> bool:
     """True for the tensors of the text tower (with its projection) under OpenAI's names."""
-    return not name.startswith("visual.") and name != "logit_scale"
+    return not is_vision_name(name) and name != "logit_scale"
+
+
+def is_vision_name(name: str) -> bool:
+    """True for the tensors of the vision tower (with its projection) under OpenAI's names."""
+    return name.startswith("visual.")
 
 
 def to_hf(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

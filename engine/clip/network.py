@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .architecture import Architecture
 from .full_clip import FullCLIP
 from .gmp import GmPLinear
+from .resnet import STAGES, feature_width
 
 
 def build_network(full_clip: FullCLIP, *, device="cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
     """An `open_clip.CLIP` holding copies of the weights in `dtype`, in training mode, every parameter with gradients.
 
     It has `encode_image` (pictures [n, 3, size, size], normalised), `encode_text` (int64 tokens [n, context]) and
-    `logit_scale`. A model in GmP form gets `GmPLinear` layers, so its parameters bear the names in the file.
+    `logit_scale`. A model in GmP form gets `GmPLinear` layers, so its parameters bear the names in the file. A ResNet's
+    BatchNorm layers are `StoredNorm`s, whose statistics are buffers under the names in the file.
     """
     network = _skeleton(full_clip.architecture, device="meta")
     if full_clip.parameterization == "gmp":
@@ -38,25 +45,61 @@ def _skeleton(architecture: Architecture, device: str) -> nn.Module:
     import open_clip
 
     a = architecture
-    # open_clip truncates width · ratio; the half keeps the product on the right side of the integer.
-    vision = open_clip.CLIPVisionCfg(
-        layers=a.vision_layers,
-        width=a.vision_width,
-        head_width=a.vision_width // a.vision_heads,
-        mlp_ratio=(a.vision_mlp_width + 0.5) / a.vision_width,
-        patch_size=a.patch_size,
-        image_size=a.image_size,
-    )
+    if a.resnet:
+        vision = dict(head_width=feature_width(a.vision_width) // a.vision_heads)
+    else:
+        vision = dict(
+            head_width=a.vision_width // a.vision_heads,
+            mlp_ratio=_ratio(a.vision_mlp_width, a.vision_width),
+            patch_size=a.patch_size,
+        )
+    vision = open_clip.CLIPVisionCfg(layers=a.vision_layers, width=a.vision_width, image_size=a.image_size, **vision)
     text = open_clip.CLIPTextCfg(
         context_length=a.context_length,
         vocab_size=a.vocab_size,
         width=a.text_width,
         heads=a.text_heads,
         layers=a.text_layers,
-        mlp_ratio=(a.text_mlp_width + 0.5) / a.text_width,
+        mlp_ratio=_ratio(a.text_mlp_width, a.text_width),
     )
     with torch.device(device):
-        return open_clip.CLIP(a.embed_dim, vision, text, quick_gelu=a.activation == "quick_gelu")
+        network = open_clip.CLIP(a.embed_dim, vision, text, quick_gelu=a.activation == "quick_gelu")
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, StoredNorm(module))
+    return network
+
+
+def _ratio(mlp_width: int, width: int) -> float:
+    # open_clip truncates width · ratio; the half keeps the product on the right side of the integer.
+    return (mlp_width + 0.5) / width
+
+
+class StoredNorm(nn.Module):
+    """BatchNorm of [n, c, h, w] by the stored statistics, which it never updates, in training mode too.
+
+    So a picture's features depend on no other picture, which gradient caching needs, and a small batch, whose own
+    statistics would be noise, does no harm. It takes over the tensors of a BatchNorm2d, but for the counter.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d):
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        self.register_buffer("running_mean", norm.running_mean)
+        self.register_buffer("running_var", norm.running_var)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.batch_norm(inputs, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+def checkpoint_activations(network: nn.Module) -> None:
+    """Keep for backward only what enters each block, and compute the rest again; changes no number."""
+    network.set_grad_checkpointing()
+    # open_clip's ResNet takes no notice of that.
+    stages = [getattr(network.visual, f"layer{number}", ()) for number in range(1, STAGES + 1)]
+    for block in itertools.chain(*stages):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def random_full_clip(architecture: Architecture, seed: int) -> FullCLIP:

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..openai import MEAN, STD
 
-# OpenAI's, the same for every model of this shape (github.com/openai/CLIP, clip/clip.py).
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 _TOO_LARGE = "it is far too large for a photograph"
 _LONGEST = 64  # times its shorter side
 

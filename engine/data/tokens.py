@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-
-VOCABULARY = 49408
-START, END = 49406, 49407
+from ..openai import END, START, VOCABULARY
 
 
 class Tokenizer:

@@ -14,9 +14,12 @@ _MODEL, _LOSS, _OPTIMIZER = "model.", "loss.", "optimizer."
 def pack(
     network: nn.Module, loss: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """(tensors, and per parameter those entries of the optimizer's state that are numbers)."""
-    tensors: dict[str, Tensor] = {f"{_MODEL}{name}": parameter for name, parameter in network.named_parameters()}
-    tensors |= {f"{_LOSS}{name}": parameter for name, parameter in loss.named_parameters()}
+    """(tensors, and per parameter those entries of the optimizer's state that are numbers).
+
+    The statistics of a ResNet's BatchNorm, which are not parameters, are among the tensors.
+    """
+    tensors: dict[str, Tensor] = {f"{_MODEL}{name}": tensor for name, tensor in network.state_dict().items()}
+    tensors |= {f"{_LOSS}{name}": tensor for name, tensor in loss.state_dict().items()}
     numbers: dict[str, dict[str, Any]] = {}
     for name, parameter in named_parameters(optimizer):
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -34,8 +37,8 @@ def unpack(
     """Put what `pack` gave back into a freshly built training."""
     with torch.no_grad():
         for prefix, module in ((_MODEL, network), (_LOSS, loss)):
-            for name, parameter in module.named_parameters():
-                parameter.copy_(tensors[prefix + name])
+            for name, tensor in module.state_dict().items():
+                tensor.copy_(tensors[prefix + name])
     kept: dict[str, dict[str, Tensor]] = {}
     for name in tensors:
         if name.startswith(_OPTIMIZER):

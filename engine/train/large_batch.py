@@ -49,8 +49,8 @@ def batch_gradients(
     """Add the gradient of `loss_factor` · loss to every parameter's `.grad`; returns the loss (detached, no factor).
 
     `loss` takes the features [b, d] of both sides. A batch of at most `micro_batch` goes through at once. The
-    forward must be a function of its inputs alone (CLIP has no dropout). `check_cancelled` may raise between
-    micro-batches; `timed` measures "forward", "loss" and "backward".
+    forward must be a function of each input alone (CLIP has no dropout, and its BatchNorm is a `StoredNorm`).
+    `check_cancelled` may raise between micro-batches; `timed` measures "forward", "loss" and "backward".
     """
     if len(sides[0].inputs) <= micro_batch:
         with timed("forward"):

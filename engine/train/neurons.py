@@ -19,6 +19,11 @@ EXAMPLE = "23:281=100, 20:168=100, 20:1297=100, 22:2432=1000"
 def parse_neurons(text: str, architecture: Architecture) -> dict[int, dict[int, float]]:
     """{block: {unit: factor}} from "block:unit=factor, …"; raises `UserError` for what the tower does not have."""
     found: dict[int, dict[int, float]] = {}
+    if text.strip() and architecture.resnet:
+        raise UserError(
+            "scale_neurons makes units of a vision tower's MLPs louder, and this model's, a ResNet, has none; leave it "
+            "empty."
+        )
     for entry in filter(None, (entry.strip() for entry in text.split(","))):
         match = _ENTRY.match(entry)
         try:

@@ -62,8 +62,8 @@ def parameter_groups(
 
     A group has `name`, `names`, `params`, `weight_decay`, and `factor`: its rate as a share of `learning_rate`, 1 for
     the fastest group. Layer-wise decay multiplies by `layer_decay` for each layer below the top (Clark et al. 2020,
-    arXiv:2003.10555). Decay acts on the matrices of attention, MLP, projections and patches; not on embeddings, norms,
-    biases, `r`, `theta`, `logit_scale` and `logit_bias`.
+    arXiv:2003.10555). Decay acts on the matrices of attention, MLP and projections, on patches and convolutions; not on
+    embeddings, norms, biases, `r`, `theta`, `logit_scale` and `logit_bias`.
     """
     rates = RateFactors.parse(config.rate_factors)
     groups: dict[str, dict] = {}

@@ -6,15 +6,19 @@ import dataclasses
 import re
 
 from ..clip.architecture import Architecture
+from ..clip.resnet import STAGES
 
 # The kinds, and whether weight decay acts on them.
 KINDS = {
-    "attention": True, "mlp": True, "r": False, "theta": False, "embeddings": False, "patches": True, "norms": False,
-    "biases": False, "projection": True,
+    "attention": True, "mlp": True, "r": False, "theta": False, "embeddings": False, "patches": True,
+    "convolutions": True, "norms": False, "biases": False, "projection": True,
 }  # fmt: skip
 # Belong to neither tower; each is a group of its own.
 SCALARS = ("logit_scale", "logit_bias")
 _BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.")
+# In a ResNet a stage counts as a block, the stem comes before the first and the attention pooling after the last.
+_STAGE = re.compile(r"^visual\.layer(\d)\.")
+_BATCH_NORM = re.compile(r"\.(bn\d|downsample\.1)\.")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -39,9 +43,10 @@ def part_of(name: str, architecture: Architecture) -> Part:
     """The part that a parameter of the network is, by its name."""
     if name in SCALARS:
         return Part(name, "", 0)
-    vision = name.startswith("visual.")
-    layers = architecture.vision_layers if vision else architecture.text_layers
-    return Part("vision" if vision else "text", _kind(name), _depth(name, layers))
+    tower = "vision" if name.startswith("visual.") else "text"
+    if tower == "vision" and architecture.resnet:
+        return Part(tower, _resnet_kind(name), _resnet_depth(name))
+    return Part(tower, _kind(name), _depth(name, layers_of(tower, architecture)))
 
 
 def _kind(name: str) -> str:
@@ -64,14 +69,36 @@ def _depth(name: str, layers: int) -> int:
     return 0 if "embedding" in name or "conv1" in name or "ln_pre" in name else layers + 1
 
 
+def _resnet_kind(name: str) -> str:
+    if _BATCH_NORM.search(name):
+        return "norms"
+    if name.endswith("bias"):
+        return "biases"
+    if name.startswith("visual.attnpool."):
+        return {"positional_embedding": "embeddings", "c_proj": "projection"}.get(name.split(".")[2], "attention")
+    return "convolutions"
+
+
+def _resnet_depth(name: str) -> int:
+    if stage := _STAGE.match(name):
+        return int(stage[1])
+    return STAGES + 1 if name.startswith("visual.attnpool.") else 0
+
+
 def layers_of(tower: str, architecture: Architecture) -> int:
-    return {"text": architecture.text_layers, "vision": architecture.vision_layers}.get(tower, 0)
+    """The blocks of a tower; those of a ResNet are its stages."""
+    vision = STAGES if architecture.resnet else architecture.vision_layers
+    return {"text": architecture.text_layers, "vision": vision}.get(tower, 0)
 
 
 def place_in_words(tower: str, depth: int, architecture: Architecture) -> str:
-    """block 3 of the text tower, the embeddings of the vision tower, …; blocks count from 0, as in the file."""
+    """block 3 of the text tower, the embeddings of the vision tower, …; blocks count from 0 and a ResNet's stages from
+    1, as in the file."""
     if tower in SCALARS:
         return tower
+    if tower == "vision" and architecture.resnet:
+        places = ("the stem", *(f"layer{number}" for number in range(1, STAGES + 1)), "the attention pooling")
+        return f"{places[depth]} of the vision tower"
     if depth == 0:
         return f"the embeddings of the {tower} tower"
     if depth > layers_of(tower, architecture):

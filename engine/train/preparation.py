@@ -12,9 +12,17 @@ from .neurons import parse_neurons
 from .optimizers import RateFactors
 from .results import Notes
 
+_STORED_STATISTICS = (
+    "The vision tower is a ResNet: its BatchNorm layers normalise by the averages that are stored in the model, in "
+    "training too, and leave those as they are, so that a picture's features do not depend on the rest of its batch."
+)
+
 
 def prepare_model(full_clip: FullCLIP, config: TrainConfig, notes: Notes) -> FullCLIP:
+    """The model in the form in which it is trained; what the user should know of it goes to `notes`."""
     notes.extend(full_clip.notes)
+    if full_clip.architecture.resnet and config.towers != "text":
+        notes.append(_STORED_STATISTICS)
     if config.gmp:
         return to_gmp(full_clip)
     if full_clip.parameterization == "gmp":

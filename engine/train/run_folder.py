@@ -18,7 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..clip.files import PART_SUFFIX, read_tensors, remove_parts, write_json, write_safetensors, write_text
+from ..clip.files import PART_SUFFIX, remove_parts, write_json, write_safetensors, write_text
+from ..clip.reading import read_tensors
 from ..errors import UserError
 from .config import TrainConfig
 from .lock import LOCK_NAME, FolderLock, lock_folder

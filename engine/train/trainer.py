@@ -17,7 +17,7 @@ import torch
 
 from ..clip.files import remove_parts, replacing
 from ..clip.full_clip import FullCLIP, load_full_clip, save_full_clip
-from ..clip.network import build_network
+from ..clip.network import build_network, checkpoint_activations
 from ..data.dataset import ClipDataset
 from ..data.images import normalize
 from ..data.loader import Batch, TrainLoader
@@ -475,7 +475,7 @@ class Training:
         if not self.trained.keys() - SCALARS:
             raise UserError("Everything is frozen, so there is nothing to train; freeze fewer blocks.")
         if config.activation_checkpointing:
-            self.network.set_grad_checkpointing()
+            checkpoint_activations(self.network)
         groups = parameter_groups(self.trained.items(), architecture, config)
         self.optimizer = build_optimizer(config, groups)
         self.meter = GradientMeter(groups, architecture)
