@@ -18,6 +18,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 PACK = Path(__file__).resolve().parents[1]
 _PREVIEWS, _TEXT = (1, 4), 3  # binary WebSocket events
 _ENDS = {"execution_success": "success", "execution_error": "error", "execution_interrupted": "interrupted"}
@@ -46,6 +48,30 @@ def what_is_missing() -> str | None:
     if done.returncode:
         return f"ComfyUI's requirements are not installed for {python()} ({done.stderr.strip().splitlines()[-1]})"
     return None
+
+
+_PREAMBLE = """
+import json, sys
+arguments, sys.argv[1:] = sys.argv[2:], sys.argv[1].split()
+sys.path.insert(0, ".")
+import comfy.options
+comfy.options.enable_args_parsing()
+import torch
+from safetensors.torch import load_file, save_file
+"""
+
+
+def in_comfyui(script: str, *arguments, flags: str = "--cpu") -> tuple[str, str]:
+    """(stdout, stderr) of a script beside ComfyUI's own modules, without a server; it finds `arguments`.
+
+    Skips where there is no ComfyUI.
+    """
+    if (missing := what_is_missing()) is not None:
+        pytest.skip(missing)
+    command = [python(), "-c", _PREAMBLE + script, flags, *map(str, arguments)]
+    done = subprocess.run(command, cwd=find_comfyui(), capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout, done.stderr
 
 
 def find_browser() -> str | None:
