@@ -16,6 +16,7 @@ from .errors import UserError
 from .report.tables import time_words
 from .train.config import DEFAULT_PRESET, GMP_PRESETS, PRESETS, TrainConfig
 
+_EXPORTS = ("text", "vision", "openai", "gmp", "huggingface", "lora")
 STOPPED = 130  # what a shell reports of a command ended by Ctrl-C
 
 
@@ -45,6 +46,10 @@ def _parser() -> argparse.ArgumentParser:
                 "--activation", choices=("auto", "quick_gelu", "gelu"), default="auto",
                 help="what a model's MLPs compute, where its file does not say it (default: auto)",
             )  # fmt: skip
+            added.add_argument(
+                "--context-length", type=int, choices=(248,), metavar="248",
+                help="give a model that reads 77 tokens room for 248, as Long-CLIP has (default: as in the file)",
+            )  # fmt: skip
         added.set_defaults(run=run)
         return added
 
@@ -63,17 +68,25 @@ def _parser() -> argparse.ArgumentParser:
     fold.add_argument("input", metavar="IN.safetensors")
     fold.add_argument("output", metavar="OUT.safetensors")
 
-    export = command(
-        "export", _export, "Write a model's text tower as a text encoder for ComfyUI, diffusers and Forge."
-    )
+    export = command("export", _export, "Write a model for other programs: its text encoder, or --format.")
     export.add_argument("input", metavar="IN")
-    export.add_argument("output", metavar="OUT.safetensors")
-    export.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="default: fp16")
+    export.add_argument("output", metavar="OUT", help="a .safetensors file; for huggingface, a new folder")
+    export.add_argument(
+        "--format", choices=_EXPORTS, default="text",
+        help="text: for ComfyUI, diffusers, Forge and kohya (default). vision: for ComfyUI's Load CLIP Vision. openai: "
+        "both towers, plain. gmp: both, in GmP form. huggingface: a folder for transformers. lora: what the text tower "
+        "has over --baseline's.",
+    )  # fmt: skip
+    export.add_argument(
+        "--dtype", choices=("fp16", "bf16", "fp32", "mixed"), default="fp16",
+        help="default: fp16; mixed, with openai and gmp only: as OpenAI's files are",
+    )  # fmt: skip
+    export.add_argument("--baseline", metavar="M", help="for lora: the model that this one was trained from")
+    export.add_argument("--rank", type=int, default=32, help="for lora: more keeps more (default: 32)")
 
-    merge = command("merge", _merge, "Put a text encoder into a full CLIP, which gives the rest.")
-    merge.add_argument(
-        "--text", required=True, metavar="TE.safetensors", help="a text encoder or a checkpoint with one"
-    )
+    merge = command("merge", _merge, "Put a text or vision encoder, or both, into a full CLIP, which gives the rest.")
+    merge.add_argument("--text", metavar="TE.safetensors", help="a text encoder or a checkpoint with one")
+    merge.add_argument("--vision", metavar="VISION.safetensors", help="a file for ComfyUI's Load CLIP Vision")
     merge.add_argument("--model", required=True, metavar="FULL", help="the full CLIP")
     merge.add_argument("output", metavar="OUT.safetensors")
 
@@ -130,7 +143,6 @@ def config_from(arguments: argparse.Namespace) -> tuple[TrainConfig, dict[str, s
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from .clip.full_clip import load_full_clip
     from .data.dataset import load_dataset, split_dataset
     from .train.trainer import train
 
@@ -139,7 +151,7 @@ def _train(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"--validation-split is {arguments.validation_split}; give a share from 0 to below 1, such as 0.1."
         )
-    model = load_full_clip(arguments.model, activation=arguments.activation)
+    model = _open(arguments, arguments.model)
     train_set, validation = load_dataset(arguments.data), None
     _say(f"{train_set.name}: {len(train_set)} pictures ({train_set.reason})")
     if arguments.validation:
@@ -231,31 +243,67 @@ def _demo(arguments: argparse.Namespace) -> None:
     run_demo(Path(arguments.out), seed=arguments.seed, say=_say)
 
 
+def _open(arguments: argparse.Namespace, source: str):
+    from .clip.full_clip import load_full_clip
+
+    return load_full_clip(source, activation=arguments.activation, context_length=arguments.context_length)
+
+
 def _fold(arguments: argparse.Namespace) -> None:
-    from .clip.full_clip import load_full_clip, save_full_clip
+    from .clip.full_clip import save_full_clip
     from .clip.gmp import fold_gmp
 
-    folded = fold_gmp(load_full_clip(arguments.input, activation=arguments.activation))
+    folded = fold_gmp(_open(arguments, arguments.input))
     _tell_notes(folded.notes)
     _say(f"Wrote {save_full_clip(folded, arguments.output)}.")
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from .clip.export import export_text_encoder
-    from .clip.full_clip import load_full_clip
+    from .clip import export
+    from .clip.full_clip import save_full_clip
+    from .clip.gmp import fold_gmp, to_gmp
+    from .clip.huggingface import save_huggingface
 
-    model = load_full_clip(arguments.input, activation=arguments.activation)
+    kind, dtype, output = arguments.format, arguments.dtype, arguments.output
+    if dtype == "mixed" and kind not in ("openai", "gmp"):
+        raise UserError(f"--dtype mixed is for --format openai and gmp; for {kind} choose fp16, bf16 or fp32.")
+    model = _open(arguments, arguments.input)
     _tell_notes(model.notes)
-    if model.parameterization == "gmp":
-        _say("The model is in GmP form; it is folded to plain weights for the export.")
-    _say(f"Wrote {export_text_encoder(model, arguments.output, dtype=arguments.dtype)}.")
+    if kind == "lora":
+        _export_lora(arguments, model)
+    elif kind == "huggingface":
+        _tell_notes(save_huggingface(model, output, dtype=dtype)[1])
+    elif kind == "gmp":
+        save_full_clip(to_gmp(model), output, dtype=dtype)
+    else:
+        if model.parameterization == "gmp":
+            model = fold_gmp(model)
+            _say("The model is in GmP form; it is folded to plain weights for the export.")
+        writers = {"text": export.export_text_encoder, "vision": export.export_vision_encoder, "openai": save_full_clip}
+        writers[kind](model, output, dtype=dtype)
+    _say(f"Wrote {output}.")
+
+
+def _export_lora(arguments: argparse.Namespace, model) -> None:
+    from .clip.lora import export_lora
+
+    if not arguments.baseline:
+        raise UserError("--format lora needs --baseline, the model that this one was trained from.")
+    baseline = _open(arguments, arguments.baseline)
+    _say(export_lora(model, baseline, arguments.output, rank=arguments.rank, dtype=arguments.dtype).sentence)
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    from .clip.full_clip import load_full_clip, save_full_clip
-    from .clip.merge import merge_text_encoder
+    from .clip.full_clip import save_full_clip
+    from .clip.merge import merge_text_encoder, merge_vision_encoder
 
-    merged = merge_text_encoder(arguments.text, load_full_clip(arguments.model, activation=arguments.activation))
+    if not arguments.text and not arguments.vision:
+        raise UserError("merge needs --text, --vision or both: what to put into the full CLIP.")
+    merged = _open(arguments, arguments.model)
+    if arguments.text:
+        merged = merge_text_encoder(arguments.text, merged)
+    if arguments.vision:
+        merged = merge_vision_encoder(arguments.vision, merged)
     _tell_notes(merged.notes)
     _say(f"Wrote {save_full_clip(merged, arguments.output)}.")
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import comfy.model_management
@@ -17,19 +17,26 @@ import numpy
 import torch
 from server import PromptServer
 
+from ..engine.clip.reading import INDEX_SUFFIX
 from ..engine.errors import UserError
 
-MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-PRETRAINED = ("ViT-L-14/openai", "ViT-L-14-336/openai", "ViT-B-16/openai", "ViT-B-32/openai")
+MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+PRETRAINED = (
+    "ViT-L-14/openai", "ViT-L-14-336/openai", "ViT-B-16/openai", "ViT-B-32/openai", "RN50/openai",
+    "ViT-bigG-14/laion2b_s39b_b160k",
+)  # fmt: skip
 _PRETRAINED_PREFIX = "pretrained: "
 _RUNS = "clip_finetune"
 _MAX_FINGERPRINTED = 50_000
 
 
 def register_folders() -> None:
-    """Tell ComfyUI of models/full_clip, output/full_clip, and a datasets folder where it has none of its own."""
+    """Tell ComfyUI of models/full_clip, output/full_clip and output/clip_vision, and of a datasets folder where it has
+    none of its own."""
+    output = folder_paths.get_output_directory()
     folder_paths.add_model_folder_path("full_clip", os.path.join(folder_paths.models_dir, "full_clip"))
-    folder_paths.add_model_folder_path("full_clip", os.path.join(folder_paths.get_output_directory(), "full_clip"))
+    folder_paths.add_model_folder_path("full_clip", os.path.join(output, "full_clip"))
+    folder_paths.add_model_folder_path("clip_vision", os.path.join(output, "clip_vision"))
     if "datasets" not in folder_paths.folder_names_and_paths:
         folder_paths.add_model_folder_path("datasets", os.path.join(folder_paths.base_path, "datasets"))
 
@@ -39,10 +46,16 @@ def register_folders() -> None:
 
 def list_models() -> list[str]:
     """Files of the model folders, best models of runs, and names that download when they are used."""
-    files = [name for name in folder_paths.get_filename_list("full_clip") if name.lower().endswith(MODEL_SUFFIXES)]
+    files = [name for name in folder_paths.get_filename_list("full_clip") if _is_a_whole_model(name)]
     output = Path(folder_paths.get_output_directory())
     runs = sorted(path.relative_to(output).as_posix() for path in (output / _RUNS).glob("*/best.safetensors"))
     return [*files, *runs, *(_PRETRAINED_PREFIX + name for name in PRETRAINED)]
+
+
+def _is_a_whole_model(name: str) -> bool:
+    """Whether a file's name is that of a model, or of the index of one in several files, which are not listed."""
+    name = name.lower()
+    return name.endswith(INDEX_SUFFIX) or name.endswith(MODEL_SUFFIXES) and not re.search(r"-\d{5}-of-\d{5}\.", name)
 
 
 def find_model(name: str) -> str:
@@ -239,9 +252,10 @@ def image_tensor(picture) -> torch.Tensor:
     return torch.from_numpy(numpy.array(picture.convert("RGB"), dtype=numpy.float32) / 255.0)[None]
 
 
-# ---- CLIP sockets ----------------------------------------------------------------------------------------------------
+# ---- CLIP and CLIP_VISION sockets ------------------------------------------------------------------------------------
 
-_CLIP_L = "clip_l.transformer."
+CLIP_L, CLIP_G = "clip_l", "clip_g"  # what ComfyUI calls the parts of a CLIP, whatever model it belongs to
+_POSITIONS = "text_model.embeddings.position_embedding.weight"
 
 
 def clip_from_file(path: Path):
@@ -250,44 +264,85 @@ def clip_from_file(path: Path):
                               comfy.sd.CLIPType.STABLE_DIFFUSION)  # fmt: skip
 
 
-def clip_from_tensors(tensors: Mapping[str, torch.Tensor]):
+def clip_from_tensors(*parts: Mapping[str, torch.Tensor]):
+    """A CLIP socket of one text encoder, or of SDXL's two."""
     return comfy.sd.load_text_encoder_state_dicts(
-        [dict(tensors)], folder_paths.get_folder_paths("embeddings"), comfy.sd.CLIPType.STABLE_DIFFUSION
+        [dict(part) for part in parts], folder_paths.get_folder_paths("embeddings"), comfy.sd.CLIPType.STABLE_DIFFUSION
     )
 
 
-def clip_l_tensors(clip) -> dict[str, torch.Tensor]:
-    """The CLIP-L in a CLIP socket under Hugging Face's names, LoRAs applied; copies on the CPU."""
+def text_encoder_tensors(clip, part: str) -> dict[str, torch.Tensor]:
+    """A part of a CLIP socket under Hugging Face's names, LoRAs applied; copies on the CPU."""
     clip.load_model()
-    state = clip.state_dict_for_saving()
+    prefix = f"{part}.transformer."
     found = {
-        name.removeprefix(_CLIP_L): torch.as_tensor(tensor).detach().to("cpu", copy=True)
-        for name, tensor in state.items()
-        if name.startswith(_CLIP_L)
+        name.removeprefix(prefix): torch.as_tensor(tensor).detach().to("cpu", copy=True)
+        for name, tensor in clip.state_dict_for_saving().items()
+        if name.startswith(prefix)
     }
     if not found:
-        raise UserError(
-            "The CLIP that is connected holds no CLIP-L; connect that of an SD1.5, SDXL, SD3 or Flux model."
-        )
+        raise _without(part)
     return found
 
 
-def replace_clip_l(clip, tensors: Mapping[str, torch.Tensor]):
-    """A clone of the CLIP with these tensors as its CLIP-L; the original and its other parts stay as they are."""
-    have = clip.patcher.model.state_dict()
-    unknown = [name for name in tensors if _CLIP_L + name not in have]
-    if unknown:
-        raise UserError(f"The CLIP that is connected has no {unknown[0]}; connect one that holds a CLIP-L.")
+def replace_text_encoder(clip, part: str, tensors: Mapping[str, torch.Tensor]):
+    """A clone of the CLIP with these tensors as one of its parts; the original and the other parts stay as they are.
+
+    A CLIP-L with more positions (Long-CLIP) needs a new CLIP, which is made for SD1.5 and SDXL.
+    """
+    have, prefix = clip.patcher.model.state_dict(), f"{part}.transformer."
+    if unknown := [name for name in tensors if prefix + name not in have]:
+        raise (
+            _without(part)
+            if len(unknown) == len(tensors)
+            else UserError(f"The CLIP that is connected has no {unknown[0]}; connect another one.")
+        )
     for name, tensor in tensors.items():
-        found = tuple(have[_CLIP_L + name].shape)
-        if found != tuple(tensor.shape):
-            raise UserError(
-                f"The CLIP that is connected has another shape of CLIP-L: {name} is {found} there and "
-                f"{tuple(tensor.shape)} in the trained model."
-            )
+        found = tuple(have[prefix + name].shape)
+        if found == tuple(tensor.shape):
+            continue
+        if name == _POSITIONS and part == CLIP_L and found[1:] == tuple(tensor.shape[1:]):
+            return _with_other_positions(clip, tensors)
+        raise UserError(
+            f"The CLIP that is connected has another shape of {_spoken(part)}: {name} is {found} there and "
+            f"{tuple(tensor.shape)} in the trained model."
+        )
     clone = clip.clone()
-    applied = clone.add_patches({_CLIP_L + name: ("set", (tensor,)) for name, tensor in tensors.items()})
-    missing: Sequence[str] = [name for name in tensors if _CLIP_L + name not in applied]
-    if missing:
-        raise UserError(f"ComfyUI did not accept the new {missing[0]} of the CLIP-L; nothing was replaced.")
+    applied = clone.add_patches({prefix + name: ("set", (tensor,)) for name, tensor in tensors.items()})
+    if missing := [name for name in tensors if prefix + name not in applied]:
+        raise UserError(f"ComfyUI did not accept the new {missing[0]} of the {_spoken(part)}; nothing was replaced.")
     return clone
+
+
+def _with_other_positions(clip, clip_l: Mapping[str, torch.Tensor]):
+    kind = type(clip.cond_stage_model).__name__
+    if kind not in ("SD1ClipModel", "SDXLClipModel"):
+        raise UserError(
+            f"The trained text encoder reads {len(clip_l[_POSITIONS])} tokens; ComfyUI takes such a one for SD1.5 and "
+            "SDXL only. Connect a clip of these, or none."
+        )
+    others = [text_encoder_tensors(clip, CLIP_G)] if kind == "SDXLClipModel" else []
+    made = clip_from_tensors(clip_l, *others)
+    made.clip_layer(clip.layer_idx)
+    return made
+
+
+def _without(part: str) -> UserError:
+    models = "an SD1.5, SDXL, SD3 or Flux model" if part == CLIP_L else "an SDXL or SD3 model"
+    return UserError(f"The CLIP that is connected holds no {_spoken(part)}; connect that of {models}.")
+
+
+def _spoken(part: str) -> str:
+    return part.upper().replace("_", "-")
+
+
+def vision_encoder_tensors(clip_vision) -> dict[str, torch.Tensor]:
+    """What a CLIP_VISION socket holds, under Hugging Face's names; copies on the CPU."""
+    if clip_vision is None or not any(name.startswith("vision_model.") for name in clip_vision.get_sd()):
+        raise UserError("The clip_vision that is connected is not a CLIP's; connect a ViT-L/14's.")
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in clip_vision.get_sd().items()}
+
+
+def vision_activation(clip_vision) -> str | None:
+    """What ComfyUI computes in the MLPs of a CLIP_VISION."""
+    return clip_vision.config.get("hidden_act") if hasattr(clip_vision, "config") else None

@@ -1,20 +1,25 @@
-"""Nodes that open, fold, save, export and merge full CLIPs."""
+"""Nodes that open, fold, save and merge full CLIPs."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..engine.clip.export import mix_text_encoders, require_clip_l, text_encoder_state_dict
-from ..engine.clip.files import write_safetensors
-from ..engine.clip.full_clip import load_full_clip, save_full_clip
+from ..engine.clip.export import CLIP_L, export_vision_encoder, require_text_tower
+from ..engine.clip.full_clip import MIXED, load_full_clip, save_full_clip
 from ..engine.clip.gmp import NOTHING_TO_FOLD, fold_gmp, to_gmp
-from ..engine.clip.merge import merge_text_encoder
+from ..engine.clip.huggingface import save_huggingface
+from ..engine.clip.long_clip import LONG_CONTEXT
+from ..engine.clip.merge import merge_text_encoder, merge_vision_encoder, transplant_tower
 from ..engine.errors import UserError
 from . import host
-from .sockets import CATEGORY, FullClip
+from .sockets import CATEGORY, PREFIX_TOOLTIP, FullClip
 
-DTYPES = ["fp16", "bf16", "fp32"]
-_PREFIX = "Where in ComfyUI's output folder, and how the file's name begins; a number is added."
+_FORMATS = {
+    "openai": "plain weights in one file, to load here again, or in open_clip",
+    "huggingface": "a folder that transformers and diffusers open, with tokenizer",
+    "vision": "the vision tower alone, for Load CLIP Vision",
+    "gmp": "in GmP form, to train on with it",
+}
 
 
 class LoadFullCLIP(io.ComfyNode):
@@ -33,18 +38,26 @@ class LoadFullCLIP(io.ComfyNode):
                     "activation", options=["auto", "quick_gelu", "gelu"], default="auto", optional=True, advanced=True,
                     tooltip="What the MLPs compute. OpenAI's models are quick_gelu, LAION's gelu; files seldom say it.",
                 ),
+                io.Combo.Input(
+                    "context_length", options=["auto", str(LONG_CONTEXT)], default="auto", optional=True, advanced=True,
+                    tooltip=f"{LONG_CONTEXT}: room for long captions, as in Long-CLIP; a model for 77 tokens is "
+                    "stretched. Train it on long captions then.",
+                ),
             ],
             outputs=[FullClip.Output(display_name="full_clip")],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, model, activation="auto"):
+    def fingerprint_inputs(cls, model, activation="auto", context_length="auto"):
         return host.file_fingerprint(host.find_model(model)) if model in host.list_models() else (model,)
 
     @classmethod
-    def execute(cls, model, activation="auto"):
-        full_clip = load_full_clip(host.find_model(model), activation=activation)
+    def execute(cls, model, activation="auto", context_length="auto"):
+        full_clip = load_full_clip(
+            host.find_model(model), activation=activation,
+            context_length=None if context_length == "auto" else int(context_length),
+        )  # fmt: skip
         display = host.Display(cls.hidden.unique_id)
         a = full_clip.architecture
         display.say(f"{a.vision_width}-wide vision tower, {a.text_width}-wide text tower, {full_clip.dtypes[0]}"
@@ -83,16 +96,20 @@ class SaveFullCLIP(io.ComfyNode):
             node_id="SaveFullCLIP",
             display_name="Save Full CLIP",
             category=CATEGORY,
-            description="Saves both towers as one file in ComfyUI's output folder. Load Full CLIP lists it.",
+            description="Saves a full CLIP in ComfyUI's output folder: as one file or a Hugging Face folder, both of "
+            "which Load Full CLIP lists, or its vision tower for Load CLIP Vision.",
             inputs=[
                 FullClip.Input("full_clip"),
-                io.String.Input("filename_prefix", default="full_clip/my_clip", optional=True, tooltip=_PREFIX),
+                io.String.Input("filename_prefix", default="full_clip/my_clip", optional=True, tooltip=PREFIX_TOOLTIP),
                 io.Combo.Input(
-                    "format", options=["openai", "gmp"], default="openai", optional=True,
-                    tooltip="openai: plain weights under OpenAI's names. gmp: in GmP form, to train on with it.",
+                    "format", options=list(_FORMATS), default="openai", optional=True,
+                    tooltip="\n".join(f"{name}: {what}." for name, what in _FORMATS.items()),
                 ),
-                io.Combo.Input("dtype", options=DTYPES, default="fp32", optional=True,
-                               tooltip="fp32 to train on with it; fp16 is half as large."),
+                io.Combo.Input(
+                    "dtype", options=["fp16", "bf16", "fp32", MIXED], default="fp32", optional=True,
+                    tooltip="fp32 to train on with it; fp16 is half as large. mixed: as OpenAI's own files are, fp16 "
+                    "with norms and embeddings in fp32.",
+                ),
             ],
             outputs=[io.String.Output(display_name="path")],
             hidden=[io.Hidden.unique_id],
@@ -101,69 +118,25 @@ class SaveFullCLIP(io.ComfyNode):
 
     @classmethod
     def execute(cls, full_clip, filename_prefix="full_clip/my_clip", format="openai", dtype="fp32"):
-        display = host.Display(cls.hidden.unique_id)
-        gmp = full_clip.parameterization == "gmp"
-        if format == "openai" and gmp:
-            full_clip = fold_gmp(full_clip)
-            display.say("The model was in GmP form; it was folded to plain weights.")
-        elif format == "gmp" and not gmp:
-            full_clip = to_gmp(full_clip)
-        path = host.relative_to_output(save_full_clip(full_clip, host.new_output_file(filename_prefix), dtype=dtype))
-        display.say(f"Saved output/{path}")
-        return io.NodeOutput(path)
-
-
-class ExportClipL(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="ExportClipL",
-            display_name="Export CLIP-L",
-            category=CATEGORY,
-            description="Makes the trained text tower the CLIP of a graph, and saves it as a text encoder that "
-            "ComfyUI's CLIP loaders list. With a clip connected, only its CLIP-L part is replaced.",
-            search_aliases=["text encoder", "save clip", "clip_l"],
-            inputs=[
-                FullClip.Input("full_clip", tooltip="A ViT-L/14. One in GmP form is folded."),
-                io.Clip.Input("clip", optional=True,
-                              tooltip="The CLIP of an SD1.5, SDXL, SD3 or Flux model, to replace the CLIP-L in."),
-                io.String.Input("filename_prefix", default="clip/clip_l", optional=True, tooltip=_PREFIX),
-                io.Combo.Input("dtype", options=DTYPES, default="fp16", optional=True,
-                               tooltip="fp16 is what image programs use; ComfyUI computes with it either way."),
-                io.Boolean.Input("save", default=True, optional=True, tooltip="Off: only the clip output, no file."),
-                io.Float.Input(
-                    "strength", default=1.0, min=0.0, max=1.5, step=0.05, optional=True,
-                    tooltip="1 is the trained text encoder, 0 the one in the connected clip, above 1 goes further.",
-                ),
-            ],
-            outputs=[io.Clip.Output(display_name="clip"), io.String.Output(display_name="path")],
-            hidden=[io.Hidden.unique_id],
-            is_output_node=True,
-        )  # fmt: skip
-
-    @classmethod
-    def execute(cls, full_clip, filename_prefix="clip/clip_l", dtype="fp16", save=True, strength=1.0, clip=None):
-        display = host.Display(cls.hidden.unique_id)
-        require_clip_l(full_clip)
-        if strength != 1 and clip is None:
+        if dtype == MIXED and format not in ("openai", "gmp"):
             raise UserError(
-                f"strength is {strength:g}, which needs something to mix with: connect a clip, or set it to 1."
+                f"dtype is {MIXED}, which only OpenAI's format has; for {format} choose fp16, bf16 or fp32."
             )
-        file = host.new_output_file(filename_prefix) if save else None
-        tensors, done = text_encoder_state_dict(full_clip, dtype=dtype)
-        if strength != 1:
-            tensors = mix_text_encoders(host.clip_l_tensors(clip), tensors, strength)
-        # Refused before anything is written.
-        swapped = host.replace_clip_l(clip, tensors) if clip is not None else None
-        path = ""
-        if file is not None:
-            path = host.relative_to_output(write_safetensors(tensors, file, {"format": "pt"}))
-            display.say(f"Saved output/{path}")
-        for sentence in done:
+        display = host.Display(cls.hidden.unique_id)
+        file, done = host.new_output_file(filename_prefix), []
+        if format == "huggingface":
+            saved, done = save_huggingface(full_clip, file.with_suffix(""), dtype=dtype)
+        elif format == "gmp":
+            saved = save_full_clip(to_gmp(full_clip), file, dtype=dtype)
+        else:
+            if full_clip.parameterization == "gmp":
+                full_clip, done = fold_gmp(full_clip), ["The model was in GmP form; it was folded to plain weights."]
+            save = export_vision_encoder if format == "vision" else save_full_clip
+            saved = save(full_clip, file, dtype=dtype)
+        path = host.relative_to_output(saved)
+        for sentence in (f"Saved output/{path}", *done):
             display.say(sentence)
-        if swapped is None:
-            swapped = host.clip_from_file(file) if file is not None else host.clip_from_tensors(tensors)
-        return io.NodeOutput(swapped, path)
+        return io.NodeOutput(path)
 
 
 class MergeTEWithVision(io.ComfyNode):
@@ -178,19 +151,56 @@ class MergeTEWithVision(io.ComfyNode):
             inputs=[
                 io.Clip.Input("clip", tooltip="From any checkpoint or CLIP loader that holds a CLIP-L."),
                 FullClip.Input("full_clip", tooltip="Gives the vision tower, both projections and the temperature."),
+                io.ClipVision.Input("clip_vision", optional=True,
+                                    tooltip="A ViT-L/14's, to take the vision tower from instead."),
+            ],
+            outputs=[FullClip.Output(display_name="full_clip")],
+            hidden=[io.Hidden.unique_id],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, clip, full_clip, clip_vision=None):
+        require_text_tower(full_clip, CLIP_L)
+        tensors = host.text_encoder_tensors(clip, host.CLIP_L)
+        merged = merge_text_encoder(tensors, full_clip, source="the connected CLIP")
+        if clip_vision is not None:
+            activation = host.vision_activation(clip_vision)
+            if activation not in (None, full_clip.architecture.activation):
+                raise UserError(
+                    f"The connected clip_vision computes {activation}, the full CLIP "
+                    f"{full_clip.architecture.activation}; connect the vision tower of a ViT-L/14 of the same kind."
+                )
+            tensors = host.vision_encoder_tensors(clip_vision)
+            merged = merge_vision_encoder(tensors, merged, source="the connected clip_vision")
+        return _with_notes(cls, merged)
+
+
+class TransplantTower(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TransplantTower",
+            display_name="Transplant Tower",
+            category=CATEGORY,
+            description="Makes one model of two: the text tower of the one, the vision tower of the other.",
+            inputs=[
+                FullClip.Input("text_from", tooltip="Gives the text tower, its projection and the temperature."),
+                FullClip.Input("vision_from", tooltip="Gives the vision tower and its projection."),
             ],
             outputs=[FullClip.Output(display_name="full_clip")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, clip, full_clip):
-        require_clip_l(full_clip)
-        merged = merge_text_encoder(host.clip_l_tensors(clip), full_clip, source="the connected CLIP")
-        display = host.Display(cls.hidden.unique_id)
-        for note in merged.notes:
-            display.say(note)
-        return io.NodeOutput(merged)
+    def execute(cls, text_from, vision_from):
+        return _with_notes(cls, transplant_tower(text_from, vision_from))
 
 
-NODES = [LoadFullCLIP, FoldGmP, SaveFullCLIP, ExportClipL, MergeTEWithVision]
+def _with_notes(cls, full_clip):
+    display = host.Display(cls.hidden.unique_id)
+    for note in full_clip.notes:
+        display.say(note)
+    return io.NodeOutput(full_clip)
+
+
+NODES = [LoadFullCLIP, FoldGmP, SaveFullCLIP, MergeTEWithVision, TransplantTower]

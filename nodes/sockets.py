@@ -6,3 +6,4 @@ FullClip = io.Custom("FULL_CLIP")
 Dataset = io.Custom("CLIP_DATASET")
 
 CATEGORY = "CLIP fine-tune"
+PREFIX_TOOLTIP = "Where in ComfyUI's output folder, and how the file's name begins; a number is added."

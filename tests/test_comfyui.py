@@ -1,5 +1,6 @@
 """The nodes in a real ComfyUI, queued through its interface."""
 
+import dataclasses
 import json
 import shutil
 import threading
@@ -14,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from clip_finetune.engine import load_full_clip, save_full_clip
 from clip_finetune.engine.clip.export import text_encoder_state_dict
 from clip_finetune.engine.clip.files import same_bits
+from clip_finetune.engine.clip.full_clip import cast
 
 pytestmark = pytest.mark.comfyui
 
 NODES = [
-    "EvalRetrieval", "EvalZeroShot", "ExportClipL", "FoldGmP", "LoadCLIPDataset", "LoadFullCLIP", "MergeTEWithVision",
-    "SaveFullCLIP", "TrainCLIP", "TrainCLIPGmP",
+    "EvalRetrieval", "EvalZeroShot", "ExportClipG", "ExportClipL", "ExportClipLoRA", "FoldGmP", "LoadCLIPDataset",
+    "LoadFullCLIP", "MergeTEWithVision", "SaveFullCLIP", "TrainCLIP", "TrainCLIPGmP", "TransplantTower",
 ]  # fmt: skip
 
 
@@ -236,7 +238,8 @@ def _by_transformers(file):
     """The last hidden state of the same file and tokens, with the padding that ComfyUI uses."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from clip_finetune.engine.data.tokens import END, START, encode
+    from clip_finetune.engine.data.tokens import encode
+    from clip_finetune.engine.openai import END, START
 
     config = CLIPTextConfig(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768,
@@ -321,6 +324,181 @@ def test_a_lora_on_the_clip_is_merged_into_the_full_clip(comfyui):
     assert (merged[name].double() - base.state_dict[name].double()).abs().max() > 0.01
     for name in ("text_projection", "logit_scale", "visual.conv1.weight"):
         assert torch.equal(merged[name], plain[name].float())
+
+
+def saved(comfyui, name):
+    return load_full_clip(comfyui.base / "output/full_clip" / name)
+
+
+def test_a_hugging_face_folder_is_saved_listed_and_opened_again(comfyui):
+    succeed(comfyui, {
+        "1": node("LoadFullCLIP", model="tiny.safetensors"),
+        "2": node("SaveFullCLIP", full_clip=["1", 0], filename_prefix="full_clip/hf", format="huggingface"),
+    })  # fmt: skip
+    name = "hf_00001_/model.safetensors"
+    assert name in comfyui.choices("LoadFullCLIP", "model")
+    succeed(comfyui, {
+        "1": node("LoadFullCLIP", model=name),
+        "2": node("SaveFullCLIP", full_clip=["1", 0], filename_prefix="full_clip/back", format="openai", dtype="mixed"),
+    })  # fmt: skip
+    found, expected = (
+        saved(comfyui, "back_00001_.safetensors"),
+        load_full_clip(comfyui.base / "models/full_clip/tiny.safetensors"),
+    )
+    assert found.architecture == expected.architecture
+    for name, tensor in cast(expected.state_dict, "mixed", "").items():
+        assert same_bits(found.state_dict[name], tensor), name
+
+
+def test_a_model_that_reads_77_tokens_is_stretched_when_it_is_asked_for(comfyui):
+    prompt = {
+        "1": node("LoadFullCLIP", model="clip_l.safetensors", context_length="248"),
+        "2": node("ExportClipL", full_clip=["1", 0], filename_prefix="clip/long", dtype="fp16"),
+        "3": node("CLIPLoader", clip_name="short.safetensors", type="stable_diffusion"),
+        "4": node("ExportClipL", full_clip=["1", 0], clip=["3", 0], save=False),
+        **encoded(comfyui, ["2", 0], "long"),
+        **encoded(comfyui, ["4", 0], "long_swapped"),
+        **encoded(comfyui, ["3", 0], "short"),
+    }
+    short = random_clip(CLIP_L, seed=7)
+    save_file(text_encoder_state_dict(short, dtype="fp16")[0], comfyui.base / "models/text_encoders/short.safetensors")
+    succeed(comfyui, prompt)
+    assert conditioning(comfyui, "long")["hidden"].shape == (1, 248, 768)
+    assert conditioning(comfyui, "short")["hidden"].shape == (1, 77, 768)
+    assert torch.equal(conditioning(comfyui, "long")["hidden"], conditioning(comfyui, "long_swapped")["hidden"])
+
+
+def test_towers_are_transplanted(comfyui):
+    other = random_clip(seed=8, vision_layers=3)
+    save_full_clip(other, comfyui.base / "models/full_clip/other_tiny.safetensors")
+    succeed(comfyui, {
+        "1": node("LoadFullCLIP", model="tiny.safetensors"),
+        "2": node("LoadFullCLIP", model="other_tiny.safetensors"),
+        "3": node("TransplantTower", text_from=["1", 0], vision_from=["2", 0]),
+        "4": node("SaveFullCLIP", full_clip=["3", 0], filename_prefix="full_clip/both", format="openai", dtype="fp32"),
+    })  # fmt: skip
+    found, text = (
+        saved(comfyui, "both_00001_.safetensors"),
+        load_full_clip(comfyui.base / "models/full_clip/tiny.safetensors"),
+    )
+    assert found.architecture == dataclasses.replace(text.architecture, vision_layers=3)
+    for name, tensor in found.state_dict.items():
+        assert same_bits(tensor, (other if name.startswith("visual.") else text).state_dict[name]), name
+
+
+def test_the_change_of_a_training_is_a_lora_that_comfyui_lists_and_applies(comfyui):
+    base = load_full_clip(comfyui.base / "models/full_clip/clip_l.safetensors")
+    name = "transformer.resblocks.3.mlp.c_proj.weight"
+    generator = torch.Generator().manual_seed(0)
+    change = torch.randn(768, 2, generator=generator) @ torch.randn(2, 3072, generator=generator) * 0.02
+    changed = base.derive({name: (base.state_dict[name].float() + change).half()}, step="trained")
+    save_full_clip(changed, comfyui.base / "models/full_clip/changed.safetensors")
+    text, _ = text_encoder_state_dict(base, dtype="fp32")
+    save_file(text, comfyui.base / "models/text_encoders/plain.safetensors")
+    result = succeed(comfyui, {
+        "1": node("LoadFullCLIP", model="changed.safetensors"),
+        "2": node("LoadFullCLIP", model="clip_l.safetensors"),
+        "3": node("ExportClipLoRA", full_clip=["1", 0], baseline=["2", 0], rank=4, filename_prefix="loras/change"),
+    })  # fmt: skip
+    assert "Rank 4 keeps 100.0%" in result["texts"]["3"], result["texts"]
+    assert "change_00001_.safetensors" in comfyui.choices("LoraLoader", "lora_name")
+    succeed(comfyui, {
+        "1": node("CLIPLoader", clip_name="plain.safetensors", type="stable_diffusion"),
+        "2": node("ProbeLora", clip=["1", 0], lora_name="change_00001_.safetensors", strength=1.0),
+        "3": node("LoadFullCLIP", model="clip_l.safetensors"),
+        "4": node("MergeTEWithVision", clip=["2", 0], full_clip=["3", 0]),
+        "5": node("SaveFullCLIP", full_clip=["4", 0], filename_prefix="full_clip/with_lora", dtype="fp32"),
+    })  # fmt: skip
+    found = saved(comfyui, "with_lora_00001_.safetensors").state_dict[name].double()
+    torch.testing.assert_close(found, changed.state_dict[name].double(), rtol=2e-3, atol=2e-4)  # held in fp16
+    assert (found - base.state_dict[name].double()).abs().max() > 0.05
+
+
+def test_a_vision_file_is_listed_by_comfyui_and_merged_back(comfyui):
+    """Real shapes, because ComfyUI knows vision towers by them."""
+    one, other = (random_clip(VIT_L_14, seed=seed, dtype=torch.float16) for seed in (1, 2))
+    save_full_clip(one, comfyui.base / "models/full_clip/one_l14.safetensors")
+    save_full_clip(other, comfyui.base / "models/full_clip/other_l14.safetensors")
+    text, _ = text_encoder_state_dict(one, dtype="fp16")
+    save_file(text, comfyui.base / "models/text_encoders/one_te.safetensors")
+    succeed(comfyui, {
+        "1": node("LoadFullCLIP", model="one_l14.safetensors"),
+        "2": node("SaveFullCLIP", full_clip=["1", 0], filename_prefix="clip_vision/one", format="vision", dtype="fp16"),
+    })  # fmt: skip
+    assert "one_00001_.safetensors" in comfyui.choices("CLIPVisionLoader", "clip_name")
+    result = succeed(comfyui, {
+        "1": node("CLIPVisionLoader", clip_name="one_00001_.safetensors"),
+        "2": node("CLIPLoader", clip_name="one_te.safetensors", type="stable_diffusion"),
+        "3": node("LoadFullCLIP", model="other_l14.safetensors"),
+        "4": node("MergeTEWithVision", clip=["2", 0], full_clip=["3", 0], clip_vision=["1", 0]),
+        "5": node("SaveFullCLIP", full_clip=["4", 0], filename_prefix="full_clip/merged", dtype="fp16"),
+    })  # fmt: skip
+    assert "projection is of no use" in result["texts"]["4"]  # that of another model
+    for name, tensor in saved(comfyui, "merged_00001_.safetensors").state_dict.items():
+        kept = name in ("visual.proj", "text_projection", "logit_scale")
+        assert same_bits(tensor, (other if kept else one).state_dict[name]), name
+
+
+@pytest.mark.soak
+def test_a_clip_g_is_swapped_into_an_sdxl_clip(comfyui):
+    """A text tower of ViT-bigG/14's size: what SDXL's CLIP makes of it is what transformers does."""
+    sizes = dict(embed_dim=1280, text_width=1280, text_layers=32, text_heads=20, text_mlp_width=5120, activation="gelu")
+    one, other = (random_clip(CLIP_L, seed=seed, dtype=torch.float16, **sizes) for seed in (1, 2))
+    save_full_clip(one, comfyui.base / "models/full_clip/big_g.safetensors")
+    encoders = comfyui.base / "models/text_encoders"
+    save_file(text_encoder_state_dict(other, dtype="fp16")[0], encoders / "other_g.safetensors")
+    plain = load_full_clip(comfyui.base / "models/full_clip/clip_l.safetensors")
+    save_file(text_encoder_state_dict(plain, dtype="fp16")[0], encoders / "plain_l.safetensors")
+    prompt = {
+        "1": node("DualCLIPLoader", clip_name1="plain_l.safetensors", clip_name2="other_g.safetensors", type="sdxl"),
+        "2": node("LoadFullCLIP", model="big_g.safetensors"),
+        "3": node("ExportClipG", full_clip=["2", 0], clip=["1", 0], filename_prefix="clip/g", dtype="fp16"),
+        "4": node("ExportClipG", full_clip=["2", 0], clip=["1", 0], save=False, dtype="fp16", strength=0.0),
+        **encoded(comfyui, ["1", 0], "sdxl"),
+        **encoded(comfyui, ["3", 0], "sdxl_swapped"),
+        **encoded(comfyui, ["4", 0], "sdxl_zero"),
+    }
+    succeed(comfyui, prompt, timeout=1800)
+    succeed(comfyui, {
+        "1": node("DualCLIPLoader", clip_name1="plain_l.safetensors", clip_name2="g_00001_.safetensors", type="sdxl"),
+        **encoded(comfyui, ["1", 0], "sdxl_loaded"),
+    }, timeout=1800)  # fmt: skip
+    names = ("sdxl", "sdxl_swapped", "sdxl_zero", "sdxl_loaded")
+    found = {name: conditioning(comfyui, name) for name in names}
+    for what in ("hidden", "pooled"):
+        assert torch.equal(found["sdxl_swapped"][what], found["sdxl_loaded"][what])
+        torch.testing.assert_close(found["sdxl_zero"][what], found["sdxl"][what], rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(found["sdxl_swapped"][what], found["sdxl"][what], atol=1e-2)
+    assert torch.equal(found["sdxl_swapped"]["hidden"][..., :768], found["sdxl"]["hidden"][..., :768])  # the CLIP-L
+    hidden, pooled = _clip_g_by_transformers(comfyui.base / "output/clip/g_00001_.safetensors")
+    print(f"largest difference to transformers: {(found['sdxl_loaded']['pooled'] - pooled).abs().max():.1e}")
+    torch.testing.assert_close(found["sdxl_loaded"]["hidden"][..., 768:], hidden, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found["sdxl_loaded"]["pooled"], pooled, rtol=1e-4, atol=1e-4)
+
+
+def _clip_g_by_transformers(file):
+    """The hidden state before the last block, and the projected pooled one, with the padding that ComfyUI uses."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    from clip_finetune.engine.data.tokens import encode
+    from clip_finetune.engine.openai import END, START
+
+    config = CLIPTextConfig(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280,
+        hidden_act="gelu", eos_token_id=END, bos_token_id=START, pad_token_id=0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = CLIPTextModelWithProjection(config).eval()
+    weights = {name: tensor.float() for name, tensor in load_file(file).items()}
+    row = [START, *encode("a photo of a red cat on a mat"), END]
+    tokens = torch.tensor([row + [0] * (77 - len(row))])
+    model.load_state_dict(weights, strict=False, assign=True)
+    for module in model.modules():  # what is not in the file was made without memory
+        if hasattr(module, "position_ids"):
+            module.position_ids = torch.arange(77)[None]
+    with torch.no_grad():
+        found = model(tokens, output_hidden_states=True)
+    return found.hidden_states[-2], found.text_embeds
 
 
 @pytest.mark.soak

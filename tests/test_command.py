@@ -147,7 +147,7 @@ def _cut(here):
         ("train --model tiny.safetensors --data colours --out run --scale-neurons 9:1=2", "blocks 0 to 1"),
         ("fold ./nowhere.safetensors out.safetensors", "./nowhere.safetensors does not exist"),
         ("fold colours out.safetensors", "colours is a folder without a model.safetensors"),
-        ("fold garbage.pt out.safetensors", "garbage.pt is not a whole file of plain weights"),
+        ("fold garbage.pt out.safetensors", "garbage.pt is not a whole safetensors file, nor one of torch"),
         ("fold tiny.safetensors tiny.safetensors/out.safetensors", "tiny.safetensors/out.safetensors could not be"),
         ("eval --model whole_nan.safetensors --data colours", "values that are not numbers"),
         ("demo --out tiny.safetensors/demo", "could not be written"),
