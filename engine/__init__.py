@@ -1,10 +1,13 @@
 """CLIP fine-tuning without ComfyUI: open, train, fold, export, merge, blend and evaluate."""
 
 from .clip.blend import blend
-from .clip.export import export_text_encoder
+from .clip.export import export_text_encoder, export_vision_encoder
 from .clip.full_clip import FullCLIP, load_full_clip, save_full_clip
 from .clip.gmp import fold_gmp, to_gmp
-from .clip.merge import merge_text_encoder
+from .clip.huggingface import save_huggingface
+from .clip.long_clip import stretch_context
+from .clip.lora import export_lora
+from .clip.merge import merge_text_encoder, merge_vision_encoder, transplant_tower
 from .clip.network import build_network
 from .data.dataset import ClipDataset, load_dataset, split_dataset
 from .errors import UserError
@@ -28,13 +31,19 @@ __all__ = [
     "eval_retrieval",
     "eval_typographic",
     "eval_zero_shot",
+    "export_lora",
     "export_text_encoder",
+    "export_vision_encoder",
     "fold_gmp",
     "load_dataset",
     "load_full_clip",
     "merge_text_encoder",
+    "merge_vision_encoder",
     "save_full_clip",
+    "save_huggingface",
     "split_dataset",
+    "stretch_context",
     "to_gmp",
     "train",
+    "transplant_tower",
 ]
