@@ -19,6 +19,8 @@ class ClipDataset:
 
     `len` counts entries, whether or not their pictures are there. `notes` are sentences for the user. `origins` are
     the folders that names start from, `roots` those that no picture may lie outside of; if empty, `folder` is both.
+    `originals` name, from `folder`, the picture that each one is a copy of ("" for one that is none; if empty, none is).
+    `repeats` are how often each sample comes in an epoch; if empty, once.
     """
 
     name: str
@@ -32,6 +34,8 @@ class ClipDataset:
     notes: tuple[str, ...] = ()
     origins: Sequence[str] = ()
     roots: tuple[str, ...] = ()
+    originals: Sequence[str] = ()
+    repeats: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -59,6 +63,8 @@ class ClipDataset:
             captions=chosen(self.captions),
             labels=chosen(self.labels),
             origins=chosen(self.origins) if self.origins else (),
+            originals=chosen(self.originals) if self.originals else (),
+            repeats=chosen(self.repeats) if self.repeats else (),
         )
 
     # ---- where the pictures are ------------------------------------------------------------------------------------
@@ -71,6 +77,11 @@ class ClipDataset:
         """
         places = list(self._places(index))
         return Path(next((place for place in places if os.path.isfile(place)), places[0]))
+
+    def original(self, index: int) -> str:
+        """The place of the picture that a sample's is a copy of, or of its own: equal for pictures that show the same."""
+        copied = self.originals[index] if self.originals else ""
+        return os.path.normpath(os.path.join(self.folder, copied)) if copied else str(self.path(index))
 
     def missing(self) -> list[int]:
         """Samples whose picture is not there; folders are listed, pictures are not touched."""
@@ -204,7 +215,10 @@ def split_dataset(dataset: ClipDataset, fraction: float, seed: int = 0) -> tuple
 
 
 def _original(dataset: ClipDataset, index: int) -> str:
-    """The picture's place from the data set's folder, so that two caption files that name it mean the same."""
+    """The picture's place from the data set's folder, so that two caption files that name it mean the same; of a copy,
+    that of the picture it was made from."""
+    if dataset.originals and dataset.originals[index]:
+        return os.path.normpath(dataset.originals[index]).replace(os.sep, "/")
     name = dataset.names[index].replace("\\", "/")
     origin = os.path.relpath(dataset.origins[index], dataset.folder) if dataset.origins else "."
     return os.path.normpath(os.path.join(origin, name)).replace(os.sep, "/")

@@ -93,7 +93,7 @@ class TrainLoader:
                 Batch(
                     torch.stack(images),
                     self.tokenizer(captions),
-                    torch.tensor([self._number(f"picture {self.dataset.path(index)}") for index in indices]),
+                    torch.tensor([self._number(f"picture {self.dataset.original(index)}") for index in indices]),
                     torch.tensor([self._number(f"text {caption}") for caption in captions]),
                     indices,
                 ),
