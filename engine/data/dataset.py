@@ -19,7 +19,7 @@ class ClipDataset:
 
     `len` counts entries, whether or not their pictures are there. `notes` are sentences for the user. `origins` are
     the folders that names start from, `roots` those that no picture may lie outside of; if empty, `folder` is both.
-    `originals` name, from `folder`, the picture that each one is a copy of ("" for one that is none; if empty, none is).
+    `originals` name, from `folder`, the picture that each one is a copy of ("" for none; if empty, none is a copy).
     `repeats` are how often each sample comes in an epoch; if empty, once.
     """
 
@@ -79,7 +79,7 @@ class ClipDataset:
         return Path(next((place for place in places if os.path.isfile(place)), places[0]))
 
     def original(self, index: int) -> str:
-        """The place of the picture that a sample's is a copy of, or of its own: equal for pictures that show the same."""
+        """The place of the picture that a sample's is a copy of, or of its own: equal for copies of one picture."""
         copied = self.originals[index] if self.originals else ""
         return os.path.normpath(os.path.join(self.folder, copied)) if copied else str(self.path(index))
 
