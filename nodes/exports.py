@@ -126,7 +126,8 @@ class ExportClipLoRA(io.ComfyNode):
         )
         path = host.relative_to_output(file)
         display.say(f"Saved output/{path}")
-        display.say(report.sentence)
+        for sentence in (*report.notes, report.sentence):
+            display.say(sentence)
         return io.NodeOutput(path)
 
 

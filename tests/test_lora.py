@@ -282,7 +282,7 @@ def test_a_difference_that_fp16_cannot_hold_is_refused(pair):
 def test_settings_that_make_no_sense_are_refused(pair, tmp_path):
     with pytest.raises(UserError, match="rank is 0"):
         lora_state_dict(*pair, rank=0)
-    with pytest.raises(UserError, match="'fp8' is not known"):
+    with pytest.raises(UserError, match="'fp8' is not known for a LoRA"):
         lora_state_dict(*pair, dtype="fp8")
     with pytest.raises(UserError, match="must end in .safetensors"):
         export_lora(*pair, tmp_path / "lora.pt")

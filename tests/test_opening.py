@@ -8,13 +8,15 @@ import subprocess
 import sys
 import types
 
+import numpy
 import pytest
 import torch
 from clips import VIT_L_14, random_clip
 from safetensors.torch import load_file, save_file
 
-from clip_finetune.engine import UserError, build_network, load_full_clip, save_full_clip, to_gmp
+from clip_finetune.engine import UserError, build_network, load_full_clip, merge_text_encoder, save_full_clip, to_gmp
 from clip_finetune.engine.clip import names
+from clip_finetune.engine.clip.export import text_encoder_state_dict
 from clip_finetune.engine.clip.files import same_bits
 from clip_finetune.engine.clip.long_clip import stretch_context, stretched
 from clip_finetune.engine.clip.network import random_full_clip
@@ -131,6 +133,33 @@ def test_the_weights_in_a_training_checkpoint_open(model, tmp_path):
     assert same(load_full_clip(tmp_path / "epoch_3.pt", activation="quick_gelu"), model)
 
 
+def test_a_checkpoint_of_lightning_with_a_class_as_a_key_gives_its_weights(model, tmp_path, monkeypatch):
+    """As the first checkpoints of Stable Diffusion were written."""
+    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    state = {f"cond_stage_model.transformer.{n}": t for n, t in text_encoder_state_dict(model)[0].items()}
+    callbacks = {module.ModelCheckpoint: {"best_model_score": numpy.float64(0.5), "monitor": "val/loss"}}
+    torch.save({"state_dict": state, "callbacks": callbacks, "global_step": numpy.int64(3)}, tmp_path / "sd15.ckpt")
+    monkeypatch.undo()
+    merged = merge_text_encoder(tmp_path / "sd15.ckpt", random_clip(seed=1))
+    assert same_bits(merged.state_dict["token_embedding.weight"], model.state_dict["token_embedding.weight"])
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_model_that_is_in_memory_does_not_depend_on_its_file(model, tmp_path, zipped):
+    for name, save in (
+        ("m.safetensors", save_file),
+        ("m.pt", lambda s, p: torch.save(s, p, _use_new_zipfile_serialization=zipped)),
+    ):
+        save(dict(model.state_dict), tmp_path / name)
+        opened = load_full_clip(tmp_path / name, in_memory=True, activation="quick_gelu")
+        with open(tmp_path / name, "r+b") as file:
+            file.truncate(10)
+        assert same(opened, model)
+
+
 # ---- names -----------------------------------------------------------------------------------------------------------
 
 
@@ -140,8 +169,7 @@ def split_attention(state):
         if ".attn.in_proj_" in name:
             stem, kind = name.rsplit("in_proj_", 1)
             parts |= {
-                f"{stem}{letter}_proj.{kind}": part.clone()
-                for letter, part in zip("qkv", tensor.chunk(3), strict=True)
+                f"{stem}{letter}_proj.{kind}": part.clone() for letter, part in zip("qkv", tensor.chunk(3), strict=True)
             }
         else:
             parts[name] = tensor
@@ -160,10 +188,24 @@ def split_attention(state):
         },
         lambda state: {**state, "input_resolution": torch.tensor(32), "context_length": torch.tensor(77)},
         lambda state: {**state, "logit_scale": state["logit_scale"].reshape(1)},
+        lambda state: {
+            **{name: tensor for name, tensor in state.items() if name != "text_projection"},
+            "text_projection.weight": state["text_projection"].t().contiguous(),
+        },
         names.to_hf,
         lambda state: names.to_hf(state) | {"text_model.embeddings.position_ids": torch.arange(77)[None]},
     ],
-    ids=["split q, k, v", "module.", "compiled", "open_clip's text.", "buffers", "scale of one", "hf", "position_ids"],
+    ids=[
+        "split q, k, v",
+        "module.",
+        "compiled",
+        "open_clip's text.",
+        "buffers",
+        "scale of one",
+        "linear",
+        "hf",
+        "position_ids",
+    ],
 )
 def test_the_same_tensors_come_out_of_every_naming(model, tmp_path, rename):
     save_file(rename(dict(model.state_dict)), tmp_path / "m.safetensors")
@@ -221,6 +263,47 @@ def test_a_folder_opens_by_the_names_that_programs_give_a_model(tmp_path, name):
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     opened = load_full_clip(tmp_path)
     assert same(opened, model) and opened.architecture == model.architecture and not opened.notes
+
+
+def test_a_config_of_another_model_in_the_same_folder_is_not_believed(by_transformers, model, tmp_path):
+    """models/full_clip is one folder for all."""
+    by_transformers.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"] |= {"hidden_size": 128, "hidden_act": "gelu"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(dict(model.state_dict), tmp_path / "mine.safetensors")
+    opened = load_full_clip(tmp_path / "mine.safetensors")
+    assert (opened.architecture.text_heads, opened.architecture.activation) == (1, "quick_gelu")
+    assert any("config.json in its folder is that of another model" in note for note in opened.notes)
+
+
+def test_the_activations_of_a_config_that_differ_can_be_overridden(by_transformers, tmp_path):
+    by_transformers.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["hidden_act"] = "gelu"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="compute 'gelu' and 'quick_gelu'"):
+        load_full_clip(tmp_path)
+    assert load_full_clip(tmp_path, activation="gelu").architecture.activation == "gelu"
+
+
+def test_what_stands_under_the_older_names_of_a_config_goes_before(by_transformers, tmp_path):
+    by_transformers.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"text_config_dict": config.pop("text_config"), "vision_config_dict": config.pop("vision_config")}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    architecture = load_full_clip(tmp_path).architecture
+    assert (architecture.vision_heads, architecture.text_heads) == (2, 4)
+
+
+def test_a_run_folder_opens_as_its_best_model_and_a_pipeline_says_where_its_encoder_is(model, tmp_path):
+    save_full_clip(model, tmp_path / "run/best.safetensors")
+    save_full_clip(model, tmp_path / "run/step_4.safetensors")
+    assert same(load_full_clip(tmp_path / "run"), model)
+    (tmp_path / "pipe").mkdir()
+    (tmp_path / "pipe/model_index.json").write_text("{}")
+    with pytest.raises(UserError, match="is a diffusers pipeline; give the text encoder in it: .*text_encoder"):
+        load_full_clip(tmp_path / "pipe")
 
 
 def test_a_name_on_the_hub_opens_from_the_cache_without_a_network(by_transformers, tmp_path, monkeypatch):
@@ -325,7 +408,7 @@ from clip_finetune.engine import load_full_clip
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e3
 before, began = anonymous(), time.perf_counter()
-load_full_clip(sys.argv[1])
+opened = load_full_clip(sys.argv[1])
 print(time.perf_counter() - began, anonymous() - before)
 """
 
@@ -343,3 +426,38 @@ def test_a_vit_l_14_is_mapped_not_read(tmp_path):
         seconds, more = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
         print(f"{name}: opened in {seconds:.2f} s, with {more:.0f} MB of anonymous memory")
         assert more < at_most
+
+
+GRAPH = """
+import re, sys, threading, time
+from clip_finetune.engine import export_text_encoder, fold_gmp, load_full_clip, save_full_clip
+from clip_finetune.engine.clip.files import same_bits
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e3
+before, peak, going = anonymous(), 0, True
+def watch():
+    global peak
+    while going:
+        peak = max(peak, anonymous())
+        time.sleep(0.01)
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = load_full_clip(sys.argv[1])
+plain = fold_gmp(model)
+export_text_encoder(plain, sys.argv[2] + "/te.safetensors")
+again = load_full_clip(save_full_clip(plain, sys.argv[2] + "/folded.safetensors"))
+assert all(same_bits(again.state_dict[name], tensor) for name, tensor in plain.state_dict.items())
+going = False
+watcher.join()
+print(sum(tensor.nbytes for tensor in plain.state_dict.values()) / 1e6, peak - before)
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_folding_exporting_and_comparing_a_vit_l_14_holds_at_most_two_copies(tmp_path):
+    path = save_full_clip(to_gmp(random_full_clip(VIT_L_14, seed=0)), tmp_path / "gmp.safetensors")
+    command = [sys.executable, "-c", GRAPH, path, tmp_path]
+    weights, peak = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    print(f"{weights:.0f} MB of weights, at most {peak:.0f} MB of anonymous memory")
+    assert peak < 2 * weights

@@ -13,9 +13,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
-from ..errors import UserError
+from ..errors import UserError, one_line, shown
 from .resnet import DOWNSCALING, STAGES, Shape, feature_width, is_resnet, resnet_shapes, resnet_sizes
 
 Activation = Literal["quick_gelu", "gelu"]
@@ -25,7 +26,12 @@ ASSUMED_ACTIVATION = (
     "The file does not say which activation it was trained with; QuickGELU (OpenAI's) is assumed. "
     "If this model is one of LAION's, set the activation to gelu (on the command line: --activation gelu)."
 )
+_FOREIGN_CONFIG = "The config.json in its folder is that of another model; it was ignored."
 _ASSUMED_HEADS = "The number of attention heads is not in the file"
+# Bounds far above what any CLIP has; to list the tensors of a model that claims more would take all memory.
+_MOST_LAYERS = 1000
+_MOST = 10_000_000
+_ANOTHER = "choose another file, or get this one anew"
 _BLOCK = re.compile(r"^(visual\.)?transformer\.resblocks\.(\d+)\.")
 
 
@@ -57,11 +63,16 @@ class Architecture:
             value = getattr(self, field.name)
             if field.name == "activation":
                 if value not in ("quick_gelu", "gelu"):
-                    raise UserError(f"The activation is {value!r}; a CLIP has quick_gelu or gelu.")
+                    raise UserError(
+                        f"The activation is {shown(value)}; a CLIP has quick_gelu or gelu: choose one of them."
+                    )
             elif self.resnet and field.name in ("vision_layers", "patch_size", "vision_mlp_width"):
                 continue
-            elif not _is_size(value):
-                raise UserError(f"The model says that its {field.name} is {value!r}; it must be a number above 0.")
+            elif not _is_size(value, _MOST_LAYERS if field.name.endswith("_layers") else _MOST):
+                raise UserError(
+                    f"The model says that its {field.name} is {shown(value)}; it must be a number above 0, and not out "
+                    "of all proportion."
+                )
         if self.resnet:
             self._check_resnet()
         for tower, width, heads in (
@@ -69,18 +80,27 @@ class Architecture:
             ("text", self.text_width, self.text_heads),
         ):
             if width % heads:
-                raise UserError(f"The {tower} tower is {width} wide, which {heads} attention heads cannot share.")
+                raise UserError(
+                    f"The {tower} tower is {width} wide, which {heads} attention heads cannot share; set the number of "
+                    "heads right in the file's metadata, or in the config beside it."
+                )
 
     def _check_resnet(self) -> None:
         layers = self.vision_layers
-        if len(layers) != STAGES or not all(map(_is_size, layers)):
-            raise UserError(f"The model says that its vision_layers are {layers!r}; a ResNet has four numbers above 0.")
+        if len(layers) != STAGES or not all(_is_size(count, _MOST_LAYERS) for count in layers):
+            raise UserError(
+                f"The model says that its vision_layers are {shown(layers)}; a ResNet has four numbers above 0, so "
+                f"{_ANOTHER}."
+            )
         for name in ("patch_size", "vision_mlp_width"):
             if getattr(self, name) is not None:
-                raise UserError(f"The model says that its {name} is {getattr(self, name)!r}; a ResNet has none.")
+                raise UserError(
+                    f"The model says that its {name} is {shown(getattr(self, name))}; a ResNet has none, so {_ANOTHER}."
+                )
         if self.image_size % DOWNSCALING:
             raise UserError(
-                f"The model says that its image_size is {self.image_size}; a ResNet's is a multiple of {DOWNSCALING}."
+                f"The model says that its image_size is {self.image_size}; a ResNet's is a multiple of {DOWNSCALING}, "
+                f"so {_ANOTHER}."
             )
 
     @property
@@ -102,7 +122,9 @@ class Architecture:
         try:
             return cls(**values)
         except TypeError as error:
-            raise UserError(f"The architecture in the file's metadata cannot be used: {error}.") from error
+            raise UserError(
+                f"The architecture in the file's metadata cannot be used ({one_line(error)}); {_ANOTHER}."
+            ) from error
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -127,8 +149,8 @@ class Architecture:
         return shapes
 
 
-def _is_size(value) -> bool:
-    return isinstance(value, int) and value > 0
+def _is_size(value, most: int) -> bool:
+    return type(value) is int and 0 < value <= most
 
 
 def _vit_shapes(a: Architecture, parameterization: Parameterization) -> dict[str, Shape]:
@@ -172,12 +194,18 @@ def parameterization_of(names) -> Parameterization:
 
 
 def architecture_from_shapes(
-    shapes: Mapping[str, Shape], *, activation: Activation | None, heads: tuple[int, int] | None = None
+    shapes: Mapping[str, Shape],
+    *,
+    activation: Activation | None = None,
+    told: Mapping[str, Any] = MappingProxyType({}),
+    beside: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Architecture, tuple[str, ...]]:
     """The architecture behind tensors in OpenAI's naming, and a sentence for each thing that had to be assumed.
 
-    `heads` is (vision, text) where metadata knows them. Raises `UserError` if the tensors are not those of an
-    OpenAI-shaped CLIP; the sentence names what is missing or misshapen.
+    `activation` is what the user chose. `told` is what the file itself says of heads and activation, by the names of
+    this class's fields; `beside` what a configuration file next to it says, which is not believed if its sizes are not
+    those of the tensors. Raises `UserError` if these are not an OpenAI-shaped CLIP's; the sentence names what is
+    missing or misshapen.
     """
     what = "a full CLIP with a ResNet vision tower" if is_resnet(shapes) else "a full CLIP"
     mlp = "theta" if parameterization_of(shapes) == "gmp" else "weight"
@@ -193,11 +221,18 @@ def architecture_from_shapes(
             text_mlp_width=shapes[f"transformer.resblocks.0.mlp.c_fc.{mlp}"][0],
         )
     except KeyError as error:
-        raise UserError(f"this is not {what}: the tensor {error.args[0]} is missing.") from error
+        raise UserError(f"this is not {what}: the tensor {error.args[0]} is missing; {_ANOTHER}.") from error
     except (ValueError, IndexError) as error:
-        raise UserError(f"this is not {what}: its embeddings do not have the shapes of one.") from error
+        raise UserError(f"this is not {what}: its embeddings do not have the shapes of one; {_ANOTHER}.") from error
     notes = []
-    heads = heads or _known_heads(sizes)
+    if any(beside[name] != sizes[name] for name in beside.keys() & sizes.keys() - {"vision_heads"}):
+        beside = {}
+        notes.append(_FOREIGN_CONFIG)
+    told = {**beside, **told}
+    heads = (told["vision_heads"], told["text_heads"]) if {"vision_heads", "text_heads"} <= told.keys() else None
+    heads, activation = heads or _known_heads(sizes), activation or told.get("activation")
+    if activation is None and "trouble" in told:
+        raise UserError(told["trouble"])
     if heads is None:
         heads = (sizes["vision_heads"], max(1, text_width // 64))
         notes.append(
@@ -215,7 +250,7 @@ def _vit_sizes(shapes: Mapping[str, Shape], mlp: str) -> dict[str, Any]:
     vision_width, _, patch_size, _ = shapes["visual.conv1.weight"]
     tokens = shapes["visual.positional_embedding"][0]
     return dict(
-        image_size=round((tokens - 1) ** 0.5) * patch_size,
+        image_size=round(max(0, tokens - 1) ** 0.5) * patch_size,
         patch_size=patch_size,
         vision_width=vision_width,
         vision_layers=_layers(shapes, "visual."),
@@ -241,15 +276,20 @@ def check_shapes(shapes: Mapping[str, Shape], architecture: Architecture) -> Non
     extra = [name for name in shapes if name not in expected]
     wrong = [name for name in expected if name in shapes and tuple(shapes[name]) != expected[name]]
     if missing:
-        raise UserError(f"{counted(missing, 'tensor')} of a full CLIP missing, the first is {missing[0]}.")
+        raise UserError(f"{counted(missing, 'tensor')} missing, the first is {missing[0]}; {_ANOTHER}.")
     if wrong:
         name = wrong[0]
         raise UserError(
             f"the tensor {name} has the shape {tuple(shapes[name])}, where {expected[name]} was expected"
-            + (f" (and {len(wrong) - 1} more like it)." if len(wrong) > 1 else ".")
+            + (f" (and {len(wrong) - 1} more like it)" if len(wrong) > 1 else "")
+            + f"; {_ANOTHER}."
         )
+    if "logit_bias" in extra:
+        raise UserError("it was trained with SigLIP's loss (it has a logit_bias), as no CLIP is; choose another file.")
     if extra:
-        raise UserError(f"{counted(extra, 'tensor')} there that a CLIP does not have, the first is {extra[0]}.")
+        raise UserError(
+            f"{counted(extra, 'tensor')} there that a CLIP does not have, the first is {extra[0]}; {_ANOTHER}."
+        )
 
 
 def counted(names: Sequence[str], noun: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..errors import UserError
@@ -15,6 +17,8 @@ def blend(full_clip: FullCLIP, baseline: FullCLIP, alpha: float) -> FullCLIP:
     Computed in float64 and rounded once to `full_clip`'s dtypes. At 0 and 1 the input's own tensors come back. Models
     in GmP form are folded first. Raises `UserError` if the two are not of one architecture.
     """
+    if not math.isfinite(alpha):
+        raise UserError(f"alpha is {alpha}; give a number, such as 0.5.")
     if full_clip.architecture != baseline.architecture:
         different = [
             f"{name} {value} and {baseline.architecture.as_dict()[name]}"

@@ -13,7 +13,7 @@ from ..errors import UserError
 from . import names
 from .architecture import Architecture
 from .files import write_safetensors
-from .full_clip import FullCLIP, cast
+from .full_clip import MIXED, FullCLIP, cast
 from .gmp import fold_gmp
 
 _PROJECTION = "text_projection.weight"
@@ -84,6 +84,8 @@ def _tower(
         full_clip = fold_gmp(full_clip)
         done.append("The model was in GmP form; it was folded to plain weights for the export.")
     tower = {name: tensor for name, tensor in full_clip.state_dict.items() if belongs(name)}
+    if dtype == MIXED:
+        raise UserError(f"The dtype {MIXED} is one of full CLIPs; for a {what} choose fp16, bf16 or fp32.")
     broken = [name for name, tensor in tower.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise UserError(

@@ -37,7 +37,6 @@ METADATA_KEY = "clip_finetune"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 MIXED = "mixed"
 _NO_CURE = "The real out_proj is lost: training cannot bring it back. Use the model that it was made from."
-_WEIGHT_DTYPES = (*DTYPES.values(), torch.float64)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,7 +105,8 @@ def load_full_clip(
 ) -> FullCLIP:
     """Open a full CLIP: a file of any program's making, a folder, or a name such as `ViT-L-14/openai`.
 
-    Tensors come memory-mapped from safetensors unless `in_memory`. `activation` overrides what the file says or what
+    Tensors are memory-mapped unless `in_memory` (all but those of torch's old format): while a model is in use, its
+    file may be replaced (not so on Windows) but not written into. `activation` overrides what the file says or what
     would be assumed. `context_length` 248 stretches a model that reads 77 tokens. Names download from the hub. Nothing
     in a file is executed. Raises `UserError`.
     """
@@ -116,7 +116,7 @@ def load_full_clip(
         raise UserError(f"The context length {context_length} is not known; leave it out, or choose {LONG_CONTEXT}.")
     found = find_source(source)
     contents = read_contents(found.path, in_memory=in_memory)
-    ours = _our_metadata(contents.metadata, found.path)
+    ours = our_metadata(contents.metadata, found.path)
     try:
         tensors = _to_openai_names(contents.tensors)
         chosen = None if activation == "auto" else activation
@@ -127,10 +127,11 @@ def load_full_clip(
         else:
             architecture, notes = architecture_from_shapes(
                 {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-                activation=chosen or contents.activation or found.activation,
-                heads=contents.heads or found.heads,
+                activation=chosen,
+                told=contents.told,
+                beside=found.told,
             )
-        provenance = dict((ours or {}).get("provenance") or {"source": found.path.name})
+        provenance = {"source": found.path.name, **((ours or {}).get("provenance") or {})}
         broken = (f"{found.path.name} {BROKEN_MERGE} {_NO_CURE}",) if made_by_a_broken_merge(tensors) else ()
         full_clip = FullCLIP(architecture, tensors, provenance, (*notes, *contents.notes, *broken))
         return stretch_context(full_clip) if context_length else full_clip
@@ -203,23 +204,27 @@ def kind_of(tensor_names: Iterable[str]) -> str:
         return "lora"
     text = any(name.endswith("token_embedding.weight") for name in found)
     vision = any(name.startswith(("visual.", "vision_model.")) for name in found)
-    if text and vision:
+    rest_of_text = any(name.startswith(("text_model.", "transformer.resblocks.")) for name in found)
+    if vision and (text or rest_of_text):
         return "full_clip"
     return "text_encoder" if text else "vision_encoder" if vision else "unknown"
 
 
-def _our_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
+def our_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
+    """What `file_metadata` wrote into a file, or None in one of another program's; raises `UserError` if damaged."""
     if METADATA_KEY not in metadata:
         return None
     try:
         ours = json.loads(metadata[METADATA_KEY])
         if (
             isinstance(ours["architecture"], dict)
-            and isinstance(ours.get("provenance", {}), dict)
-            and isinstance(ours.get("notes", []), list)
+            and isinstance(provenance := ours.get("provenance", {}), dict)
+            and isinstance(provenance.get("history", []), list)
+            and isinstance(notes := ours.get("notes", []), list)
+            and all(isinstance(note, str) for note in notes)
         ):
             return ours
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise UserError(f"{path} has damaged metadata under {METADATA_KEY}; save the model again or use another file.")
 
@@ -227,12 +232,12 @@ def _our_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | N
 _OTHER_KINDS = {
     "text_encoder": "this is a text encoder only; merge it into a full CLIP first (MergeTEWithVision, or clip-finetune "
     "merge).",
-    "vision_encoder": "this is a vision encoder only; a full CLIP has a text tower too.",
+    "vision_encoder": "this is a vision encoder only; merge it into a full CLIP first (clip-finetune merge --vision).",
     "training_state": "this is the saved state of a training run; open best.safetensors beside it.",
     "checkpoint": "this is an image model, not a CLIP; take the text encoder out of it and merge that into a full CLIP "
     "(MergeTEWithVision with the checkpoint's CLIP, or clip-finetune merge --text with this file).",
     "lora": "this is a LoRA, not a model; apply it to a CLIP in ComfyUI, and merge that (MergeTEWithVision).",
-    "unknown": "this is not a CLIP: it has neither a text tower nor a vision tower.",
+    "unknown": "this is not a CLIP: it has neither a text tower nor a vision tower; choose another file.",
 }
 
 
@@ -243,10 +248,15 @@ def _to_openai_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     try:
         tensors = names.to_openai(tensors)
     except KeyError as error:
-        raise UserError(f"this is not a full CLIP: the tensor {error.args[0]} is missing.") from error
-    odd = [name for name, tensor in tensors.items() if tensor.dtype not in _WEIGHT_DTYPES]
+        raise UserError(
+            f"this is not a full CLIP: the tensor {error.args[0]} is missing; get the file anew."
+        ) from error
+    odd = [name for name, tensor in tensors.items() if tensor.dtype not in names.WEIGHT_DTYPES]
     if odd:
-        raise UserError(f"the tensor {odd[0]} holds {tensors[odd[0]].dtype}, which is not a weight.")
+        raise UserError(
+            f"the tensor {odd[0]} holds {tensors[odd[0]].dtype}, which is not a weight; use the fp16 or fp32 file of "
+            "this model."
+        )
     if "logit_scale" in tensors and tensors["logit_scale"].numel() == 1:
         tensors["logit_scale"] = tensors["logit_scale"].reshape(())
     return with_one_table(tensors)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from . import names
 from .architecture import Architecture, Shape, counted
 
@@ -17,7 +18,7 @@ BROKEN_MERGE = "was made by a broken merge script: in every layer of the text to
 
 def not_numbers(tensors: Mapping[str, Tensor]) -> list[str]:
     """A sentence if tensors hold NaN or infinite values."""
-    broken = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    broken = [name for name, t in tensors.items() if t.dtype in names.WEIGHT_DTYPES and not torch.isfinite(t).all()]
     if not broken:
         return []
     return [f"{counted(broken, 'tensor')} not made of numbers only (NaN or infinite); the first is {broken[0]}."]
@@ -33,8 +34,10 @@ def made_by_a_broken_merge(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _out_equals_v(tensors: Mapping[str, Tensor], attention: str) -> bool:
-    out = tensors.get(f"{attention}out_proj.weight")
-    return out is not None and torch.equal(tensors[f"{attention}in_proj_weight"].chunk(3)[-1], out)
+    out, joined = tensors.get(f"{attention}out_proj.weight"), tensors[f"{attention}in_proj_weight"]
+    if out is None or out.ndim != 2 or joined.shape[:1] != (3 * len(out),):
+        return False
+    return torch.equal(joined[-len(out) :], out)
 
 
 def describe_text_encoder(tensors: Mapping[str, Tensor]) -> dict:
@@ -69,16 +72,21 @@ def _sizes(tensors: Mapping[str, Tensor], hf: bool) -> dict[str, int]:
     )  # fmt: skip
     layers = {name[len(block) :].split(".")[0] for name in tensors if name.startswith(block)}
     sizes = {"text_layers": len(layers)}
-    if token in tensors:
+    if token in tensors and tensors[token].ndim == 2:
         sizes |= {"vocab_size": tensors[token].shape[0], "text_width": tensors[token].shape[1]}
-    if position in tensors:
+    if position in tensors and tensors[position].ndim == 2:
         sizes["context_length"] = tensors[position].shape[0]
     return sizes
 
 
 def _gaps(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> list[str]:
     """Missing or misshapen tensors, by what a tower of these sizes has."""
-    wanted = _wanted(tensors, sizes)
+    if "text_width" not in sizes:
+        return ["Its token embeddings are not a table."]
+    try:
+        wanted = _wanted(tensors, sizes)
+    except UserError as error:  # sizes that no model has
+        return [str(error)]
     missing = [name for name in wanted if name not in tensors]
     wrong = [name for name, shape in wanted.items() if name in tensors and tuple(tensors[name].shape) != shape]
     found = []
@@ -91,9 +99,10 @@ def _gaps(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> list[str]:
 
 def _wanted(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Shape]:
     mlp = tensors.get(f"{_LAYER}0.mlp.fc1.bias")
+    mlp_width = len(mlp) if mlp is not None and mlp.ndim == 1 else 4 * sizes["text_width"]
     tower = Architecture(
         **{"context_length": 77, **sizes, "text_layers": max(1, sizes["text_layers"])},
-        text_mlp_width=4 * sizes["text_width"] if mlp is None else len(mlp), text_heads=1, activation="quick_gelu",
+        text_mlp_width=mlp_width, text_heads=1, activation="quick_gelu",
         # Only the text tower is looked at.
         embed_dim=1, image_size=1, patch_size=1, vision_width=1, vision_layers=1, vision_heads=1, vision_mlp_width=1,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from ..openai import END, MEAN, START, STD, VOCABULARY
 from . import names
 from .architecture import Architecture
 from .files import replacing_folder, write_compared
-from .full_clip import FullCLIP, cast, load_full_clip
+from .full_clip import MIXED, FullCLIP, cast, load_full_clip
 from .gmp import fold_gmp
 
 # The texts of tokens 49406 and 49407 in OpenAI's vocabulary; open_clip calls them otherwise.
@@ -67,6 +67,8 @@ def save_huggingface(
 
 def _hf_state_dict(full_clip: FullCLIP, folder: Path, dtype: str | None) -> tuple[dict[str, Tensor], list[str]]:
     """Every tensor under Hugging Face's names, plain and finite, and sentences on what was done."""
+    if dtype == MIXED:
+        raise UserError(f"The dtype {MIXED} is not one of Hugging Face's; choose fp16, bf16 or fp32.")
     done = []
     if full_clip.parameterization == "gmp":
         full_clip = fold_gmp(full_clip)

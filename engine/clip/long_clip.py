@@ -37,7 +37,9 @@ def with_one_table(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     merged = {name: tensor for name, tensor in tensors.items() if name not in (*_SECOND, _FIRST)}
     first = tensors.get(_FIRST, tensors.get(_TABLE))
     if first is None or first.ndim != 2 or first.shape != tensors[second].shape:
-        raise UserError(f"it has {second}, as Long-CLIP does, but no first table of the same shape beside it.")
+        raise UserError(
+            f"it has {second}, as Long-CLIP does, but no first table of the same shape beside it; get the file anew."
+        )
     return merged | {_TABLE: torch.cat([first[:_KEPT], tensors[second][_KEPT:]])}
 
 

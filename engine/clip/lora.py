@@ -32,7 +32,7 @@ from ..errors import UserError
 from .architecture import Architecture
 from .export import CLIP_G, text_encoder_state_dict, text_sizes
 from .files import write_safetensors
-from .full_clip import FullCLIP, cast
+from .full_clip import DTYPES, FullCLIP, cast
 
 CARRIED = ("attention", "MLP")
 LOST = ("token embeddings", "positions", "layer norms", "biases")
@@ -120,6 +120,8 @@ def lora_state_dict(
     or activation or do not differ in any matrix, for weights that are not finite, and for values that `dtype` cannot
     hold.
     """
+    if dtype not in DTYPES:
+        raise UserError(f"The dtype {dtype!r} is not known for a LoRA; choose fp16, bf16 or fp32.")
     if rank < 1:
         raise UserError(f"The rank is {rank}; choose 1 or more, such as 32.")
     _require_one_text_tower(full_clip.architecture, baseline.architecture)

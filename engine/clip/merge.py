@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from . import names
-from .architecture import check_shapes
-from .full_clip import FullCLIP
+from .architecture import Architecture, check_shapes
+from .full_clip import FullCLIP, our_metadata
 from .gmp import fold_gmp
 from .health import BROKEN_MERGE, made_by_a_broken_merge
 from .long_clip import LONG_CONTEXT, with_one_table
-from .reading import read_tensors
+from .reading import read_contents
 from .sources import find_source
 
 _PROJECTION = "text_projection"
@@ -40,11 +41,11 @@ def merge_text_encoder(
     Raises `UserError` for a file without a text encoder or with one of another shape, for GmP tensors, values that
     are not finite, and the mark of a well-known broken merge (every out_proj equal to v_proj).
     """
-    if not isinstance(text_encoder, Mapping):
-        source = str(text_encoder)
-        text_encoder = read_tensors(find_source(text_encoder).path)[0]
+    piece = _read(text_encoder, source)
+    source = piece.source
     base, notes = _plain(full_clip)
-    tower = _text_tower(names.unwrapped(text_encoder), base.architecture.text_width, source)
+    tower = _text_tower(piece, base.architecture.text_width)
+    _check_told(piece, base.architecture, "text")
     projection = tower.pop(_PROJECTION, None)
     _check(tower, base, source)
     notes = _warnings(tower, projection, base) + notes
@@ -60,13 +61,14 @@ def merge_vision_encoder(
     where there is none, or one of uninitialised memory, the full CLIP's stays, and a note says so. Tensors keep their
     dtypes. Raises `UserError` as `merge_text_encoder` does.
     """
-    if not isinstance(vision_encoder, Mapping):
-        source = str(vision_encoder)
-        vision_encoder = read_tensors(find_source(vision_encoder).path)[0]
+    piece = _read(vision_encoder, source)
+    source = piece.source
     base, notes = _plain(full_clip)
-    tower = {name: t for name, t in _openai_names(vision_encoder, source).items() if names.is_vision_name(name)}
+    _refuse_gmp(piece.tensors, source)
+    tower = {name: t for name, t in _openai_names(piece.tensors, source).items() if names.is_vision_name(name)}
     if not tower:
         raise UserError(f"{source} holds no CLIP vision encoder; give a file that ComfyUI's CLIPVisionLoader opens.")
+    _check_told(piece, base.architecture, "vision")
     projection = tower.pop(_VISION_PROJECTION, None)
     _check(tower, base, source)
     if projection is not None and _of_the_same_model(projection, base.state_dict[_VISION_PROJECTION]):
@@ -115,23 +117,60 @@ def _plain(full_clip: FullCLIP) -> tuple[FullCLIP, list[str]]:
     return fold_gmp(full_clip), ["The full CLIP was in GmP form; it was folded to plain weights first."]
 
 
-def _text_tower(tensors: Mapping[str, Tensor], width: int, source: str) -> dict[str, Tensor]:
+class _Piece(NamedTuple):
+    """What a tower comes from: its tensors, and what is known of it by the names of `Architecture`'s fields."""
+
+    source: str
+    tensors: Mapping[str, Tensor]
+    told: Mapping[str, Any]
+
+
+def _read(given: str | os.PathLike | Mapping[str, Tensor], source: str) -> _Piece:
+    if isinstance(given, Mapping):
+        return _Piece(source, given, {})
+    found = find_source(given)
+    contents = read_contents(found.path)
+    ours = our_metadata(contents.metadata, found.path)
+    told = {**found.told, **contents.told} if ours is None else ours["architecture"]
+    return _Piece(str(given), contents.tensors, told)
+
+
+def _check_told(piece: _Piece, base: Architecture, tower: str) -> None:
+    """Refuse a tower that computes otherwise than its place in the full CLIP does; its shapes do not show it.
+
+    What a configuration says is not believed if it has other sizes, which then are another model's.
+    """
+    own = base.as_dict()
+    sizes = (f"{tower}_width", f"{tower}_layers", f"{tower}_mlp_width")
+    if any(piece.told.get(name, own[name]) != own[name] for name in sizes):
+        return
+    for name, words in ((f"{tower}_heads", "attention heads"), ("activation", "as activation")):
+        if piece.told.get(name, own[name]) != own[name]:
+            raise UserError(
+                f"{piece.source} has {one_line(piece.told[name], 60)} {words}, the full CLIP {own[name]}; together "
+                "they would compute something else. Use a full CLIP of the same kind."
+            )
+
+
+def _text_tower(piece: _Piece, width: int) -> dict[str, Tensor]:
     """The text tower's tensors under OpenAI's names; of several text encoders, that of this width."""
+    tensors, source = names.unwrapped(piece.tensors), piece.source
     found = names.text_encoders_in(tensors)
     if not found:
-        raise UserError(
-            f"{source} holds no CLIP text encoder; give a text encoder file, or an SD1.5 or SDXL checkpoint "
-            f"(looked for {' and '.join(prefix + 'text_model.' for prefix in names.TEXT_ENCODER_PREFIXES)})."
-        )
+        raise UserError(f"{source} holds no CLIP text encoder; give one, or an SD1.5 or SDXL checkpoint.")
     fitting = [prefix for prefix, tokens in found.items() if tensors[tokens].shape[-1:] == (width,)]
     prefix = (fitting or list(found))[0]
     text = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    if unfolded := [name for name in text if name.endswith((".r", ".theta"))]:
+    _refuse_gmp(text, source)
+    return {name: tensor for name, tensor in _openai_names(text, source).items() if _is_text(name)}
+
+
+def _refuse_gmp(tensors: Iterable[str], source: str) -> None:
+    if unfolded := [name for name in tensors if name.endswith((".r", ".theta"))]:
         raise UserError(
-            f"{source} is in GmP form ({unfolded[0]}), which no text encoder may be; fold it first with FoldGmP or "
+            f"{source} is in GmP form ({unfolded[0]}), which no piece may be; fold it first with FoldGmP or "
             "clip-finetune fold."
         )
-    return {name: tensor for name, tensor in _openai_names(text, source).items() if _is_text(name)}
 
 
 def _is_text(name: str) -> bool:
@@ -153,28 +192,46 @@ def _openai_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tenso
 def _check(tower: dict[str, Tensor], base: FullCLIP, source: str) -> None:
     """Refuse a tower (without its projection) that does not fit, or that other programs have broken."""
     vision = names.is_vision_name(next(iter(tower), ""))
+    _check_sizes(tower, base.architecture, "vision" if vision else "text", source)
     own = names.is_vision_name if vision else names.is_text_name
     projection = (_VISION_PROJECTION, _PROJECTION)
     rest = {name: t for name, t in base.state_dict.items() if not own(name) or name in projection}
     try:
         check_shapes({name: tuple(tensor.shape) for name, tensor in (rest | tower).items()}, base.architecture)
     except UserError as error:
-        long = "positional_embedding" in tower and len(tower["positional_embedding"]) == LONG_CONTEXT
-        hint = (
-            f" It reads {LONG_CONTEXT} tokens: load the full CLIP with the context length {LONG_CONTEXT}."
-            if long
-            else ""
-        )
-        raise UserError(f"{source} does not fit this full CLIP: {error}{hint}") from error
+        raise UserError(f"{source} does not fit this full CLIP: {error}") from error
     for name, tensor in tower.items():
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        if tensor.dtype not in names.WEIGHT_DTYPES or not torch.isfinite(tensor).all():
             raise UserError(f"{source} is damaged: {name} holds values that are not numbers; get the file anew.")
     if not vision and made_by_a_broken_merge(tower):
         raise UserError(f"{source} {BROKEN_MERGE} Use the text encoder that it was made from.")
 
 
+def _check_sizes(tower: Mapping[str, Tensor], base: Architecture, which: str, source: str) -> None:
+    """Refuse a tower of another size by what it is, not by the tensors that are missing for it."""
+    if which == "vision" and base.resnet:
+        raise UserError(f"{source} does not fit this full CLIP, whose vision tower is a ResNet.")
+    block = "visual.transformer.resblocks." if which == "vision" else "transformer.resblocks."
+    norms = [len(t) for n, t in tower.items() if n.startswith(block) and n.endswith(".ln_1.bias") and t.ndim == 1]
+    wanted = getattr(base, f"{which}_width"), getattr(base, f"{which}_layers")
+    if norms and (norms[0], len(norms)) != wanted:
+        raise UserError(
+            f"{source} does not fit this full CLIP: its {which} tower is {norms[0]} wide with {len(norms)} layers, the "
+            f"full CLIP's {wanted[0]} with {wanted[1]}. Choose a full CLIP of the same kind."
+        )
+    table = tower.get("positional_embedding")
+    if which == "text" and table is not None and table.ndim == 2 and len(table) != base.context_length:
+        way_out = f"with the context length {LONG_CONTEXT}" if len(table) == LONG_CONTEXT else "without stretching it"
+        raise UserError(
+            f"{source} does not fit this full CLIP: it reads {len(table)} tokens, the full CLIP {base.context_length}. "
+            f"Open the full CLIP {way_out}."
+        )
+
+
 def _of_the_same_model(projection: Tensor, own: Tensor) -> bool:
-    if projection.shape != own.shape or not torch.isfinite(projection).all():
+    if projection.shape != own.shape or projection.dtype not in names.WEIGHT_DTYPES:
+        return False
+    if not torch.isfinite(projection).all():
         return False
     return float(F.cosine_similarity(projection.double().flatten(), own.double().flatten(), dim=0)) > _SAME_PROJECTION
 
@@ -188,7 +245,7 @@ def _warnings(tower: Mapping[str, Tensor], projection: Tensor | None, base: Full
             f"with the full CLIP (the first is layer {swapped[0]}); this text encoder may have been converted wrongly."
         )
     own = base.state_dict["text_projection"]
-    if projection is None:
+    if projection is None or projection.dtype not in names.WEIGHT_DTYPES:
         return notes
     given = projection.float()
     if given.shape == own.shape and torch.allclose(given, own.float(), atol=1e-3):

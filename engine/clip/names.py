@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+
 _TOWERS = (("visual.transformer.resblocks.", "vision_model.encoder.layers."),
            ("transformer.resblocks.", "text_model.encoder.layers."))  # fmt: skip
 _IN_BLOCK = (
@@ -52,6 +54,7 @@ TEXT_ENCODER_PREFIXES = (
     "text_encoders.clip_g.transformer.",
     "conditioner.embedders.1.model.",
     "cond_stage_model.model.",
+    "text.",
     "text_encoder.",
     "text_encoder_2.",
     "",
@@ -63,6 +66,8 @@ _TOKENS = ("text_model.embeddings.token_embedding.weight", "token_embedding.weig
 _NOT_WEIGHTS = (
     "input_resolution", "context_length", "vocab_size", "attn_mask", "num_batches_tracked", "mask1", "mask2",
 )  # fmt: skip
+# What weights are stored in.
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What training and compiling put before every name.
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "clip_model.", "clip.")
 _SPLIT_OPENAI = re.compile(r"^(.*\.attn)\.([qkv])_proj\.(weight|bias)$")
@@ -81,13 +86,18 @@ def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def to_openai(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """OpenAI's names from Hugging Face's, open_clip's, or OpenAI's with attention in three parts.
 
-    Names that are not a CLIP's stay as they are. Raises KeyError with the name of a missing third of an attention.
+    Names that are not a CLIP's stay as they are. Raises KeyError with the name of a missing third of an attention, and
+    `UserError` for thirds or a projection that cannot be one.
     """
     tensors = unwrapped(tensors)
     if any(name.startswith(("text_model.", "vision_model.")) for name in tensors):
         return from_hf(tensors)
     if "text.token_embedding.weight" in tensors:
         tensors = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}
+    linear = "text_projection.weight"  # as a layer, which open_clip has too
+    if "text_projection" not in tensors and linear in tensors:
+        projection = _transposed(linear, tensors[linear])
+        tensors = {name: tensor for name, tensor in tensors.items() if name != linear} | {"text_projection": projection}
     return _fused(tensors)
 
 
@@ -97,11 +107,18 @@ def _fused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         split = _SPLIT_OPENAI.match(name)
         if split and split[2] == "q":
-            parts = [tensors[f"{split[1]}.{letter}_proj.{split[3]}"] for letter in "qkv"]
-            fused[f"{split[1]}.in_proj_{split[3]}"] = torch.cat(parts)
+            fused[f"{split[1]}.in_proj_{split[3]}"] = _joined(tensors, f"{split[1]}.{{}}_proj.{split[3]}")
         elif not split:
             fused[name] = tensor
     return fused
+
+
+def _joined(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """Query, key and value as one tensor, from a name with a gap for the letter; raises what `to_openai` does."""
+    parts = [tensors[name.format(letter)] for letter in "qkv"]
+    if parts[0].ndim == 0 or any(p.shape != parts[0].shape or p.dtype not in WEIGHT_DTYPES for p in parts):
+        raise UserError(f"the tensors {name.format('q')}, k and v are not three parts of one; get the file anew.")
+    return torch.cat(parts)
 
 
 def text_encoders_in(tensor_names: Iterable[str]) -> dict[str, str]:
@@ -144,7 +161,7 @@ def to_hf(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_hf(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Hugging Face's names to OpenAI's; `position_ids` is dropped, and names that are not a CLIP's stay as they are.
 
-    Raises KeyError with the name of a missing third of an attention projection.
+    Raises what `to_openai` does.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -154,15 +171,21 @@ def from_hf(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if split and split[2] != "q":
             continue
         if split:
-            parts = [tensors[f"{split[1]}.self_attn.{letter}_proj.{split[3]}"] for letter in "qkv"]
-            renamed[_swap_tower(split[1] + ".", back=True) + f"attn.in_proj_{split[3]}"] = torch.cat(parts)
+            joined = _joined(tensors, f"{split[1]}.self_attn.{{}}_proj.{split[3]}")
+            renamed[_swap_tower(split[1] + ".", back=True) + f"attn.in_proj_{split[3]}"] = joined
         elif name in _FROM_OUTSIDE:
             renamed[_FROM_OUTSIDE[name]] = tensor
         elif name in _FROM_TRANSPOSED:
-            renamed[_FROM_TRANSPOSED[name]] = tensor.t().contiguous()
+            renamed[_FROM_TRANSPOSED[name]] = _transposed(name, tensor)
         else:
             renamed[_swap_tower(name, back=True)] = tensor
     return renamed
+
+
+def _transposed(name: str, tensor: Tensor) -> Tensor:
+    if tensor.ndim != 2:
+        raise UserError(f"the tensor {name} has the shape {tuple(tensor.shape)}, not a matrix's; get the file anew.")
+    return tensor.t().contiguous()
 
 
 def _swap_tower(name: str, back: bool = False) -> str:

@@ -7,19 +7,22 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from .architecture import Activation
+from ..errors import UserError, one_line, shown
 from .pickles import PICKLE_MARK, ZIP_MARK, read_torch
 
 INDEX_SUFFIX = ".index.json"
 _MAX_HEADER_BYTES = 25 << 20  # that of an SDXL checkpoint is 0.3 MB
 _MAX_INDEX_BYTES = 25 << 20
+# A CLIP's longest name has 60 letters, and its largest tensors four dimensions; a VAE's have five.
+_MAX_NAME = 300
+_MAX_DIMENSIONS = 8
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(\.safetensors|\.bin)")
 _FP8 = tuple(dtype for name, dtype in vars(torch).items() if name.startswith(("float8_e4", "float8_e5")))
 _WIDENED = (
@@ -33,33 +36,35 @@ _SCALED_FP8 = ("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant")
 class Contents:
     """Named tensors (CPU), a safetensors file's metadata, and what a pickled model's classes tell of it.
 
-    `heads` is (vision, text). `notes` are sentences for the user.
+    `told` has vision_heads, text_heads and activation, as far as they are known. `notes` are sentences for the user.
     """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
-    activation: Activation | None = None
-    heads: tuple[int, int] | None = None
+    told: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
 def read_contents(path: str | os.PathLike, *, in_memory: bool = False) -> Contents:
     """What a model file holds: safetensors, torch's own formats, or the index of a model in several files.
 
-    Safetensors are memory-mapped unless `in_memory`; a mapped file must not be replaced on Windows while it is in use.
+    Tensors are memory-mapped unless `in_memory` (but those of torch's format before 1.6).
     Weights in fp8 become fp16. Nothing in a file is executed. Raises `UserError` with the file and the way out.
     """
     given, path = path, Path(path)
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+    if not os.path.isfile(path):  # which is no error for a name that cannot be, as Path's own is
+        what = "is a folder, not a file" if os.path.isdir(path) else "does not exist"
         raise UserError(f"{given} {what}; give the path of a model file.")
     if (shard := _SHARD.fullmatch(path.name)) and (
         index := path.with_name(shard[1] + shard[2] + INDEX_SUFFIX)
     ).is_file():
         path = index
-    if path.name.endswith(INDEX_SUFFIX):
-        return _widened(_read_shards(path, in_memory), path)
-    return _widened(_read_one(path, in_memory), path)
+    contents = _read_shards(path) if path.name.endswith(INDEX_SUFFIX) else _read_one(path)
+    _check_names(contents.tensors, path)
+    if in_memory:
+        tensors = {name: tensor.clone() for name, tensor in contents.tensors.items()}
+        contents = dataclasses.replace(contents, tensors=tensors)
+    return _widened(contents, path)
 
 
 def read_tensors(path: str | os.PathLike, *, in_memory: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -68,22 +73,24 @@ def read_tensors(path: str | os.PathLike, *, in_memory: bool = False) -> tuple[d
     return contents.tensors, contents.metadata
 
 
-def _read_one(path: Path, in_memory: bool, wanted: Iterable[str] | None = None) -> Contents:
+def _read_one(path: Path, wanted: Iterable[str] | None = None) -> Contents:
     try:
         with open(path, "rb") as file:
             start = file.read(9)
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror or error}); choose a file that you can read."
+        ) from error
     # One safetensors file in 32 begins with the mark of a pickle: the length of its header.
     header = struct.unpack("<Q", start[:8])[0] if start[8:] == b"{" else size
     if header < size:
         if header > _MAX_HEADER_BYTES:
-            raise UserError(f"{path} has a longer header than any model's; it was not read.")
-        return Contents(*_read_safetensors(path, in_memory, wanted))
+            raise UserError(f"{path} has a longer header than any model's and was not read; choose another file.")
+        return Contents(*_read_safetensors(path, wanted))
     if start[:4] == ZIP_MARK or start[:1] == PICKLE_MARK:
         tensors, told = read_torch(path)
-        return Contents(tensors, activation=told["activation"], heads=told["heads"])
+        return Contents(tensors, told=told)
     raise UserError(f"{path} {_not_a_model(start)}")
 
 
@@ -102,9 +109,7 @@ def _not_a_model(start: bytes) -> str:
     return "is not a whole safetensors file, nor one of torch's; download or save it again, or choose another file."
 
 
-def _read_safetensors(
-    path: Path, in_memory: bool, wanted: Iterable[str] | None = None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_safetensors(path: Path, wanted: Iterable[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -113,23 +118,25 @@ def _read_safetensors(
             tensors = {name: file.get_tensor(name) for name in (file.keys() if wanted is None else wanted)}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(
-            f"{path} is not a whole safetensors file ({_one_line(error)}); download or save it again, or choose "
+            f"{path} is not a whole safetensors file ({one_line(error)}); download or save it again, or choose "
             "another file."
         ) from error
-    except (OSError, RuntimeError, ValueError, AttributeError) as error:
-        # From the disk; from torch, for a file that cannot be mapped; for dtypes that this torch does not have.
-        reason = getattr(error, "strerror", None) or _one_line(error)
-        raise UserError(f"{path} cannot be read ({reason}).") from error
-    if in_memory:
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    except (OSError, RuntimeError, ValueError, AttributeError, TypeError, OverflowError) as error:
+        # From the disk; from torch, for a file that cannot be mapped; for dtypes that this torch does not have, and for
+        # shapes that nothing has.
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"{path} cannot be read ({reason}); choose another file.") from error
     return tensors, metadata
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def _check_names(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse what no model has: names that break a line or never end, and tensors that much cannot be done with."""
+    for name, tensor in tensors.items():
+        if not name.isprintable() or len(name) > _MAX_NAME or tensor.ndim > _MAX_DIMENSIONS:
+            raise UserError(f"{path} holds a tensor that is none of a model's ({shown(name)}); choose another file.")
 
 
-def _read_shards(index: Path, in_memory: bool) -> Contents:
+def _read_shards(index: Path) -> Contents:
     """A model in several files, by the index that tells which tensor is in which."""
     by_file: dict[str, list[str]] = {}
     for name, file in _weight_map(index).items():
@@ -137,11 +144,13 @@ def _read_shards(index: Path, in_memory: bool) -> Contents:
     tensors: dict[str, Tensor] = {}
     for file, wanted in by_file.items():
         part = index.with_name(file)
-        if not part.is_file():
+        if not os.path.isfile(part):
             raise UserError(f"{part} is missing, one of the {len(by_file)} files that {index} names; download it too.")
-        found = _read_one(part, in_memory, wanted).tensors
+        found = _read_one(part, wanted).tensors
         if missing := [name for name in wanted if name not in found]:
-            raise UserError(f"{part} does not hold {missing[0]}, which {index} says is there; download both again.")
+            raise UserError(
+                f"{part} does not hold {shown(missing[0])}, which {index} says is there; download both again."
+            )
         tensors |= {name: found[name] for name in wanted}
     return Contents(tensors)
 
@@ -154,10 +163,22 @@ def _weight_map(index: Path) -> dict[str, str]:
         if not found or not all(isinstance(file, str) for file in found.values()):
             raise ValueError("its weight_map names no files")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{index} is not the index of a model in several files ({_one_line(error)}).") from error
+        raise UserError(
+            f"{index} is not the index of a model in several files ({one_line(error)}); download it again, or choose "
+            "another file."
+        ) from error
     for file in found.values():
-        if file != os.path.basename(file) or file in ("", ".", "..") or "\\" in file or "\0" in file:
-            raise UserError(f"{index} names {file[:200]!r}, a file outside its folder; it was not opened.")
+        if (
+            file != os.path.basename(file)
+            or file in ("", ".", "..")
+            or "\\" in file
+            or not file.isprintable()
+            or len(file) > _MAX_NAME
+        ):
+            raise UserError(
+                f"{index} names {shown(file)}, which is no file in its folder, so nothing was opened; choose another "
+                "file."
+            )
     return found
 
 

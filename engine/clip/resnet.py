@@ -42,7 +42,7 @@ def resnet_sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
         if not found:
             raise KeyError(f"visual.layer{stage}.0.conv1.weight")
     return dict(
-        image_size=round(cells**0.5) * DOWNSCALING,
+        image_size=round(max(0, cells) ** 0.5) * DOWNSCALING,
         patch_size=None,
         vision_width=vision_width,
         vision_layers=tuple(map(len, blocks)),
