@@ -5,12 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 from ..errors import UserError
-from .captions import Captions, Reading, read_captions
+from .captions import Captions, read_captions
+from .reading import Reading
+from .tables import Columns
+
+_MOST_WEIGHT = 1000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -19,7 +26,8 @@ class ClipDataset:
 
     `len` counts entries, whether or not their pictures are there. `notes` are sentences for the user. `origins` are
     the folders that names start from, `roots` those that no picture may lie outside of; if empty, `folder` is both.
-    `originals` name, from `folder`, the picture that each one is a copy of ("" for none; if empty, none is a copy).
+    `originals` name, from `folder`, the picture that each one is a copy of ("" for none; if empty, none is a copy); it
+    need not be there.
     `repeats` are how often each sample comes in an epoch; if empty, once.
     """
 
@@ -83,6 +91,17 @@ class ClipDataset:
         copied = self.originals[index] if self.originals else ""
         return os.path.normpath(os.path.join(self.folder, copied)) if copied else str(self.path(index))
 
+    def copied_from(self, index: int, originals: Mapping[str, str]) -> str:
+        """What `originals`, absolute paths by those of their copies, say of a sample, from `folder`; "" for nothing."""
+        copied = next((originals[place] for place in self._places(index) if place in originals), None)
+        return "" if copied is None else _relative(copied, str(self.folder))
+
+    def absolute_originals(self) -> list[str]:
+        """The column `originals` with whole paths, for a data set with another folder."""
+        if not self.originals:
+            return [""] * len(self)
+        return [name and os.path.normpath(os.path.join(self.folder, name)) for name in self.originals]
+
     def missing(self) -> list[int]:
         """Samples whose picture is not there; folders are listed, pictures are not touched."""
         listed: dict[str, frozenset[str]] = {}
@@ -101,7 +120,7 @@ class ClipDataset:
         origin = self.origins[index] if self.origins else str(self.folder)
         roots = self.roots or (str(self.folder),)
         nowhere = True
-        for start in _starts(origin, str(self.folder), roots):
+        for start in _starts(origin, roots):
             place = os.path.normpath(os.path.join(start, name))
             if _inside(place, roots):
                 nowhere = False
@@ -115,7 +134,8 @@ class ClipDataset:
         digest = hashlib.sha256()
         for index, (name, captions, label) in enumerate(zip(self.names, self.captions, self.labels, strict=True)):
             named = None if label is None else self.class_names[label]
-            digest.update(repr((name, captions, named, self._size_and_time(index))).encode())
+            more = [column[index] for column in (self.originals, self.repeats) if column]
+            digest.update(repr((name, captions, named, self._size_and_time(index), *more)).encode())
         return digest.hexdigest()
 
     def _size_and_time(self, index: int) -> tuple[int, int] | None:
@@ -126,14 +146,16 @@ class ClipDataset:
         return found.st_size, found.st_mtime_ns
 
     def fingerprint(self) -> str:
-        """A hash over names, captions, classes, and the size and time of every picture's file."""
+        """A hash over names, captions, classes, originals, repeats, and the size and time of every picture's file."""
         return self._fingerprint
 
 
 @functools.lru_cache(maxsize=1024)
-def _starts(origin: str, folder: str, roots: tuple[str, ...]) -> tuple[str, ...]:
-    starts = (origin, os.path.join(origin, "images"), os.path.join(os.path.dirname(origin), "images"), folder)
-    return tuple(dict.fromkeys(start for start in starts if start in roots or _inside(start, roots)))
+def _starts(origin: str, roots: tuple[str, ...]) -> tuple[str, ...]:
+    beside = (origin, os.path.join(origin, "images"), os.path.join(os.path.dirname(origin), "images"))
+    # What a caption file deep in a data set names may be named from its top, not from that of another that was joined.
+    tops = tuple(root for root in roots if _inside(origin, (root,)))
+    return tuple(dict.fromkeys(start for start in (*beside, *tops) if start in roots or _inside(start, roots)))
 
 
 def _inside(place: str, roots: tuple[str, ...]) -> bool:
@@ -148,23 +170,38 @@ def _files_in(folder: str) -> frozenset[str]:
         return frozenset()
 
 
-def load_dataset(place: str | os.PathLike, captions: str = "auto") -> ClipDataset:
-    """Open a folder of pictures with captions or class folders, or a labels JSON or CSV; the format is recognised.
+def load_dataset(
+    place: str | os.PathLike, captions: str = "auto", *, image_column: str = "", caption_column: str = ""
+) -> ClipDataset:
+    """Open a folder of pictures with captions or class folders, or a single caption file; the format is recognised.
 
-    `captions` is auto, json, csv, sidecar or folders. Raises `UserError`.
+    `captions` is auto or one of `READERS` in captions.py. The columns of tables and records are recognised too, unless
+    they are named here; several caption columns are separated by commas. Raises `UserError`.
     """
-    reading = read_captions(Path(place), captions)
-    kept = [index for index, text in enumerate(reading.captions) if text or reading.classes]
+    columns = Columns(image=image_column, caption=caption_column) if image_column or caption_column else None
+    reading = read_captions(Path(place), captions, columns)
+    classes = reading.classes or reading.captions
+    kept = [index for index, text in enumerate(reading.captions) if text or classes[index]]
     if not kept:
         raise UserError(f"{place} has no picture with a caption; every caption there is empty.")
-    notes = []
+    notes = list(reading.notes)
     if len(kept) < len(reading.names):
         notes.append(f"{len(reading.names) - len(kept)} pictures have no caption and are left out.")
-    file = os.path.isfile(place)
-    whole = os.path.abspath(place)
+    if reading.repeats:
+        notes.append("The numbers that its folders' names begin with say how often their pictures come in an epoch.")
+    dataset = dataclasses.replace(_dataset(Path(place), reading), notes=tuple(notes))
+    return dataset if len(kept) == len(dataset) else dataset.subset(kept)
+
+
+def _dataset(place: Path, reading: Reading) -> ClipDataset:
+    file, whole = os.path.isfile(place), os.path.abspath(place)
     folder = os.path.dirname(whole) if file else whole
     class_names, labels = _numbered(reading)
     absolute = {origin: os.path.abspath(origin) for origin in set(reading.origins)}
+    roots = (folder,)
+    if file:
+        # A caption file that was chosen by itself may have its pictures beside its folder.
+        roots = tuple(dict.fromkeys((folder, os.path.join(os.path.dirname(folder), "images"), *absolute.values())))
     dataset = ClipDataset(
         name=Path(whole).stem if file else os.path.basename(whole),
         folder=Path(folder),
@@ -174,20 +211,90 @@ def load_dataset(place: str | os.PathLike, captions: str = "auto") -> ClipDatase
         captions=Captions(reading.captions),
         labels=labels,
         class_names=class_names,
-        notes=tuple(notes),
         origins=[absolute[origin] for origin in reading.origins],
-        # A caption file that was chosen by itself may have its pictures in `images` beside its folder.
-        roots=(folder, os.path.join(os.path.dirname(folder), "images")) if file else (folder,),
+        roots=roots,
+        repeats=reading.repeats or (),
     )
-    return dataset if len(kept) == len(dataset) else dataset.subset(kept)
+    if not reading.originals:
+        return dataset
+    copied = [dataset.copied_from(index, reading.originals) for index in range(len(dataset))]
+    return dataclasses.replace(dataset, originals=copied)
 
 
 def _numbered(reading: Reading) -> tuple[tuple[str, ...], list[int | None]]:
     if reading.classes is None:
         return (), [None] * len(reading.names)
-    class_names = tuple(sorted(set(reading.classes)))
+    class_names = tuple(sorted(set(reading.classes) - {""}))
     numbers = {name: number for number, name in enumerate(class_names)}
-    return class_names, [numbers[name] for name in reading.classes]
+    return class_names, [numbers.get(name) for name in reading.classes]
+
+
+# ---- several together ------------------------------------------------------------------------------------------------
+
+
+def combine_datasets(datasets: Sequence[ClipDataset], weights: Sequence[float] | None = None) -> ClipDataset:
+    """One data set of several. `weights` say how often a picture of each comes beside those of the others: with 2 and 1
+    those of the first come twice an epoch; one that weighs 0 is left out.
+
+    Classes of one name are one; copies stay copies of pictures in another set. Raises `UserError`.
+    """
+    if not datasets:
+        raise UserError("There is no data set to combine; connect one at least.")
+    times = _whole_numbers([1.0] * len(datasets) if weights is None else weights, len(datasets))
+    parts = [(dataset, count) for dataset, count in zip(datasets, times, strict=True) if count]
+    class_names = tuple(sorted({name for dataset, _ in parts for name in dataset.class_names}))
+    numbers = {name: number for number, name in enumerate(class_names)}
+    repeated = any(dataset.repeats or count > 1 for dataset, count in parts)
+    copies = any(dataset.originals for dataset, _ in parts)
+    return ClipDataset(
+        name=" + ".join(dataset.name for dataset, _ in parts),
+        folder=_common_folder([dataset.folder for dataset, _ in parts]),
+        format="combined",
+        reason="; ".join(f"{dataset.name}: {dataset.reason}" for dataset, _ in parts),
+        names=[name for dataset, _ in parts for name in dataset.names],
+        captions=Captions.joined([dataset.captions for dataset, _ in parts]),
+        labels=[
+            None if label is None else numbers[dataset.class_names[label]]
+            for dataset, _ in parts
+            for label in dataset.labels
+        ],
+        class_names=class_names,
+        notes=tuple(dict.fromkeys(f"{dataset.name}: {note}" for dataset, _ in parts for note in dataset.notes)),
+        origins=[start for dataset, _ in parts for start in dataset.origins or [str(dataset.folder)] * len(dataset)],
+        roots=tuple(dict.fromkeys(root for dataset, _ in parts for root in dataset.roots or (str(dataset.folder),))),
+        originals=[name for dataset, _ in parts for name in dataset.absolute_originals()] if copies else (),
+        repeats=[
+            count * often for dataset, count in parts for often in dataset.repeats or itertools.repeat(1, len(dataset))
+        ]
+        if repeated
+        else (),
+    )
+
+
+def _whole_numbers(weights: Sequence[float], count: int) -> list[int]:
+    """The smallest whole numbers that are as the weights are to each other, to a tenth."""
+    if len(weights) != count:
+        raise UserError(f"There are {len(weights)} weights for {count} data sets; give one for each.")
+    if not all(0 <= weight <= _MOST_WEIGHT for weight in weights) or not any(weights):
+        raise UserError(
+            f"The weights are {', '.join(f'{weight:g}' for weight in weights)}; give numbers from 0 to {_MOST_WEIGHT}, "
+            "of which one at least is above 0."
+        )
+    lightest = min(weight for weight in weights if weight)
+    shares = [Fraction(weight / lightest).limit_denominator(10) for weight in weights]
+    together = math.lcm(*(share.denominator for share in shares))
+    whole = [int(share * together) for share in shares]
+    return [number // math.gcd(*whole) for number in whole]
+
+
+def _common_folder(folders: Sequence[Path]) -> Path:
+    try:
+        return Path(os.path.commonpath(folders))
+    except ValueError:  # on Windows, where they are on different drives
+        return folders[0]
+
+
+# ---- splits ----------------------------------------------------------------------------------------------------------
 
 
 def split_dataset(dataset: ClipDataset, fraction: float, seed: int = 0) -> tuple[ClipDataset, ClipDataset]:
@@ -216,12 +323,22 @@ def split_dataset(dataset: ClipDataset, fraction: float, seed: int = 0) -> tuple
 
 def _original(dataset: ClipDataset, index: int) -> str:
     """The picture's place from the data set's folder, so that two caption files that name it mean the same; of a copy,
-    that of the picture it was made from."""
+    that of the picture it was made from. Each of several that were combined has a folder of its own."""
     if dataset.originals and dataset.originals[index]:
-        return os.path.normpath(dataset.originals[index]).replace(os.sep, "/")
-    name = dataset.names[index].replace("\\", "/")
-    origin = os.path.relpath(dataset.origins[index], dataset.folder) if dataset.origins else "."
-    return os.path.normpath(os.path.join(origin, name)).replace(os.sep, "/")
+        place = os.path.join(dataset.folder, dataset.originals[index])
+    else:
+        origin = dataset.origins[index] if dataset.origins else str(dataset.folder)
+        place = os.path.join(origin, dataset.names[index].replace("\\", "/"))
+    place = os.path.normpath(place)
+    top = next((root for root in dataset.roots if _inside(place, (root,))), str(dataset.folder))
+    return _relative(place, top)
+
+
+def _relative(place: str, folder: str) -> str:
+    try:
+        return os.path.relpath(place, folder).replace(os.sep, "/")
+    except ValueError:  # on another drive of Windows
+        return place.replace(os.sep, "/")
 
 
 def _rank(name: str, seed: int) -> float:

@@ -1,0 +1,208 @@
+"""Captions and classes in tables: CSV and its kin, and Parquet. Which columns hold what is chosen here for all formats
+that have names for their fields."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import csv
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import UserError
+from .texts import Gathered, captions_of, is_caption_field, prompt_captions
+
+_IMAGE_COLUMNS = (
+    "image", "filename", "file_name", "image_path", "filepath", "path", "file", "image_name", "image_file", "img",
+    "img_path",
+)  # fmt: skip
+_LABEL_COLUMNS = ("label", "class", "class_name", "category")
+_PROMPT = "prompt"  # CLIP Interrogator's
+# Spreadsheets write semicolons where the comma is the decimal sign; Flickr30k's captions come with bars.
+_MARKS = ",;\t|"
+_LONGEST_HEADER = 2**16
+# Letters in a field. Python's own limit is 131,072; a field beyond this one is a quotation mark that is never closed.
+_LONGEST_FIELD = 2**24
+
+
+class Chosen(NamedTuple):
+    """The columns of a table. `kind` is csv (captions), interrogator (prompts) or labels (classes)."""
+
+    kind: str
+    image: str
+    values: tuple[str, ...]
+
+    @property
+    def told(self) -> str:
+        """The columns of captions, if there are several: all of them count, which a user may not expect."""
+        return ", ".join(self.values) if len(self.values) > 1 else ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Columns:
+    """The names, in any case, of the columns with the picture's name and with captions, of which several are separated
+    by commas; one that is empty is recognised."""
+
+    image: str = ""
+    caption: str = ""
+
+    def found_in(self, names: Sequence[str]) -> Chosen | None:
+        """Which of a table's columns are used; None if it has no such ones."""
+        by_name = {str(name).strip().lower(): str(name) for name in reversed(names)}
+        image = next((by_name[name] for name in self._image_names if name in by_name), None)
+        if image is None:
+            return None
+        if self.caption:
+            wanted = [name.strip().lower() for name in self.caption.split(",") if name.strip()]
+            there = all(name in by_name for name in wanted)
+            return Chosen("csv", image, tuple(by_name[name] for name in wanted)) if there else None
+        if captions := tuple(name for name in dict.fromkeys(map(str, names)) if is_caption_field(name)):
+            return Chosen("csv", image, captions)
+        if _PROMPT in by_name:
+            return Chosen("interrogator", image, (by_name[_PROMPT],))
+        label = next((by_name[name] for name in _LABEL_COLUMNS if name in by_name), None)
+        return None if label is None else Chosen("labels", image, (label,))
+
+    @property
+    def _image_names(self) -> tuple[str, ...]:
+        return (self.image.strip().lower(),) if self.image.strip() else _IMAGE_COLUMNS
+
+
+# ---- CSV -------------------------------------------------------------------------------------------------------------
+
+
+def kind_of_table(file: Path, columns: Columns) -> tuple[str | None, str]:
+    """(csv, metadata, interrogator, labels or None; which columns hold captions, or what the file is), from its first
+    line."""
+    with _reading(file), open(file, encoding="utf-8-sig", newline="") as stream:
+        header = stream.readline(_LONGEST_HEADER)
+    if (found := _columns(header, columns)) is None:
+        return None, f"is a table that begins with the line {header.strip()[:60]!r}"
+    is_metadata = found[0].kind == "csv" and file.stem.lower() == "metadata"
+    return "metadata" if is_metadata else found[0].kind, found[0].told
+
+
+def _columns(header: str, columns: Columns) -> tuple[Chosen, list[str], str] | None:
+    """(the columns used, all names in the header, the mark between them)."""
+    for mark in _MARKS:
+        names = next(csv.reader([header], delimiter=mark), [])
+        if (chosen := columns.found_in(names)) is not None:
+            return chosen, names, mark
+    return None
+
+
+def read_table(file: Path, columns: Columns) -> dict[str, str]:
+    """Captions by picture name, a line for each; a picture may have several rows. Raises `UserError`."""
+    found = Gathered()
+    for chosen, name, values in _rows(file, columns):
+        found.add(name, prompt_captions(values[0]) if chosen.kind == "interrogator" else values)
+    return found.texts()
+
+
+def read_classes(file: Path, columns: Columns) -> tuple[dict[str, str], int]:
+    """(a class by picture name, how many pictures have rows that do not agree): a picture of several rows has the class
+    that most of them say, or of these the first. Raises `UserError`."""
+    votes: dict[str, str | collections.Counter[str]] = {}
+    agreeing: collections.Counter[str] = collections.Counter()  # further rows that say the same as the first
+    for _, name, values in _rows(file, columns):
+        label = " ".join(values[0].replace("_", " ").split())
+        if name not in votes:
+            votes[name] = label
+            continue
+        before = votes[name]
+        if not label:
+            continue
+        if before == label:
+            agreeing[name] += 1
+            continue
+        if isinstance(before, str):
+            before = votes[name] = collections.Counter({before: 1 + agreeing.pop(name, 0)} if before else {})
+        before[label] += 1
+    classes = {name: vote if isinstance(vote, str) else vote.most_common(1)[0][0] for name, vote in votes.items()}
+    return classes, sum(not isinstance(vote, str) and len(vote) > 1 for vote in votes.values())
+
+
+def _rows(file: Path, columns: Columns) -> Iterator[tuple[Chosen, str, list[str]]]:
+    """(the columns used, the picture's name, the values of those columns) of every row that names a picture."""
+    with _reading(file), _long_fields(), open(file, encoding="utf-8-sig", newline="") as stream:
+        found = _columns(stream.readline(_LONGEST_HEADER), columns)
+        assert found is not None, "kind_of_table said that it has them"
+        chosen, names, mark = found
+        image, places = names.index(chosen.image), [names.index(value) for value in chosen.values]
+        quoting = csv.QUOTE_NONE if mark == "|" else csv.QUOTE_MINIMAL
+        for row in csv.reader(stream, delimiter=mark, strict=True, quoting=quoting):
+            name = row[image].strip() if len(row) > image else ""
+            if name:
+                yield chosen, name, [row[place] for place in places if place < len(row)] or [""]
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text (byte {error.start}); save it again as UTF-8.") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}).") from error
+    except csv.Error as error:
+        raise UserError(f"{file} is not a readable CSV ({error}); is a quotation mark missing?") from error
+
+
+@contextlib.contextmanager
+def _long_fields() -> Iterator[None]:
+    """Python's limit on a field is for the whole process: it is put back."""
+    before = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+# ---- Parquet ---------------------------------------------------------------------------------------------------------
+
+
+def kind_of_parquet(file: Path, columns: Columns) -> tuple[str | None, str]:
+    """(parquet or None, in a few words what the file is). Needs the package pyarrow."""
+    if (parquet := _pyarrow()) is None:
+        return None, "is read with the package pyarrow (pip install pyarrow), which is not there"
+    with _parquet_errors(file), parquet.ParquetFile(file) as opened:
+        schema = opened.schema_arrow
+    chosen = columns.found_in(schema.names)
+    if chosen is None or chosen.kind != "csv":
+        return None, f"has the columns {', '.join(schema.names)[:80]}"
+    if not str(schema.field(chosen.image).type).endswith("string"):
+        return None, f"holds pictures in its column {chosen.image}, which are not read: it must hold their names"
+    return "parquet", chosen.told
+
+
+def read_parquet(file: Path, columns: Columns) -> dict[str, str]:
+    """Captions by picture name, a line for each, of a file that `kind_of_parquet` knows. Raises `UserError`."""
+    found = Gathered()
+    with _parquet_errors(file), _pyarrow().ParquetFile(file) as opened:
+        chosen = columns.found_in(opened.schema_arrow.names)
+        for batch in opened.iter_batches(columns=[chosen.image, *chosen.values]):
+            names, *values = (batch.column(name).to_pylist() for name in (chosen.image, *chosen.values))
+            for name, *row in zip(names, *values, strict=True):
+                if name and name.strip():
+                    found.add(name.strip(), captions_of([value for value in row if value is not None]) or [""])
+    return found.texts()
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        return None
+    return pyarrow.parquet
+
+
+@contextlib.contextmanager
+def _parquet_errors(file: Path) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file} cannot be read as Parquet ({error}); mend it or move it elsewhere.") from error
