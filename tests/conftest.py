@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,23 @@ def screenshot(request, browser_page):
             browser_page.screenshot(path=file)
 
     return take
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Call it with a size in megabytes to mount a disk of that size (a tmpfs), or to resize it; gives its folder."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = []
+
+    def mount(megabytes, mode="rw"):
+        options = f"{'remount,' if mounted else ''}size={megabytes}m,{mode}"
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
+        if done.returncode:
+            pytest.skip(f"no small disk can be mounted here ({done.stderr.decode().strip()})")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    if mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -11,11 +11,12 @@ from pictures import class_folder, labels_folder
 from PIL import Image
 
 from clip_finetune.engine import UserError, load_dataset, split_dataset
-from clip_finetune.engine.data import labels_json
-from clip_finetune.engine.data.captions import picture_suffixes
+from clip_finetune.engine.data import json_captions, json_stream
 from clip_finetune.engine.data.images import BrokenImage, load_image, normalize
 from clip_finetune.engine.data.loader import TrainLoader, epoch_order
+from clip_finetune.engine.data.texts import in_lines
 from clip_finetune.engine.data.tokens import Tokenizer
+from clip_finetune.engine.data.tree import picture_suffixes
 from clip_finetune.engine.info import describe_dataset
 
 
@@ -114,7 +115,7 @@ def test_reading_a_labels_json_in_pieces_gives_what_json_gives(tmp_path, monkeyp
     chance = random.Random(0)
     letters = 'ab \\"\n\t,:{}[]ü😀\u2028é'
     for size in (1, 2, 3, 7, 64):
-        monkeypatch.setattr(labels_json, "_BLOCK", size)
+        monkeypatch.setattr(json_stream, "_BLOCK", size)
         for round_ in range(30):
             labels = {
                 f"{n}{''.join(chance.choices(letters, k=3))}.png": [
@@ -125,11 +126,11 @@ def test_reading_a_labels_json_in_pieces_gives_what_json_gives(tmp_path, monkeyp
             file = tmp_path / "labels.json"
             text = json.dumps(labels, indent=chance.choice([None, 1]), ensure_ascii=chance.random() < 0.5)
             file.write_text(text, encoding="utf-8")
-            found = labels_json.read_labels(file, "labels.json", picture_suffixes())
-            assert found == {name: labels_json.in_lines(captions) for name, captions in labels.items()}, round_
+            found = json_captions.read_labels(file)
+            assert found == {name: in_lines(captions) for name, captions in labels.items()}, round_
             file.write_text(text[: chance.randint(1, len(text) - 1)].rstrip("} \n"), encoding="utf-8")
             with pytest.raises(UserError, match="not valid JSON"):
-                labels_json.read_labels(file, "labels.json", picture_suffixes())
+                json_captions.read_labels(file)
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------

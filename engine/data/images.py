@@ -1,4 +1,4 @@
-"""Pictures as CLIP sees them: uint8 squares made with CLIP's own transform, normalised on the device."""
+"""Pictures from their files: RGB of 8 bits, whatever they were, or the reason why not; and as numbers for a network."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..openai import MEAN, STD
 
 _TOO_LARGE = "it is far too large for a photograph"
 _LONGEST = 64  # times its shorter side
+_ORIENTATION = 0x0112  # EXIF's tag
 
 
 class BrokenImage(UserError):
@@ -28,27 +29,29 @@ def load_image(path: str | os.PathLike, image_size: int) -> Tensor:
 
     Raises `BrokenImage` for what cannot be decoded whole, and for pictures of a size that only an attack has.
     """
-    from torchvision.transforms import functional as transforms
+    from .transform import Transform
 
-    picture = transforms.resize(_decode(path), image_size, transforms.InterpolationMode.BICUBIC)
-    return transforms.pil_to_tensor(transforms.center_crop(picture, [image_size, image_size]))
+    return Transform(image_size=image_size).load(path)
 
 
-def _decode(path: str | os.PathLike):
+def decode(path: str | os.PathLike, background: str = "white"):
+    """A picture as PIL's RGB: the first frame, turned as its EXIF says, alpha over `background` (a colour's name or
+    #rrggbb). Raises `BrokenImage`."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as opened:
             if Image.MAX_IMAGE_PIXELS and opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
                 raise BrokenImage(_TOO_LARGE)
-            picture = _not_too_long(ImageOps.exif_transpose(opened))
+            ImageOps.exif_transpose(opened, in_place=True)  # otherwise it copies all pixels, as convert does below
+            picture = _not_too_long(opened)
             if picture.mode.startswith("I"):  # 16 bits, whatever Pillow calls it
                 picture = picture.point(lambda value: value / 256).convert("L")
             if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
                 picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
-            return picture.convert("RGB")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
+            picture.load()
+            return picture if picture.mode == "RGB" else picture.convert("RGB")
     except BrokenImage:
         raise
     except FileNotFoundError as error:
@@ -59,6 +62,34 @@ def _decode(path: str | os.PathLike):
         raise BrokenImage(_TOO_LARGE) from error
     except Exception as error:  # damaged files make Pillow's readers raise whatever they stumble over
         raise BrokenImage(f"it cannot be decoded ({error})") from error
+
+
+def decode_plain_jpeg(path: str | os.PathLike) -> Tensor | None:
+    """The pixels of `decode` as uint8 [3, h, w] from torchvision's decoder, whose bits are those of Pillow's; None for
+    what is not a whole RGB JPEG that stands upright, of an ordinary size: that is Pillow's to open, or to refuse."""
+    from PIL import Image
+
+    try:
+        from torchvision.io import decode_jpeg  # which torchvision means to remove one day
+
+        with Image.open(path) as opened:
+            width, height = opened.size
+            upright = opened.getexif().get(_ORIENTATION, 1) == 1
+            plain = opened.format == "JPEG" and opened.mode == "RGB" and upright and _is_ordinary(width, height)
+        if not plain:
+            return None
+        with open(path, "rb") as file:
+            pixels = decode_jpeg(torch.frombuffer(bytearray(file.read()), dtype=torch.uint8))
+    except Exception:  # as above; `decode`, which comes next, tells the reason
+        return None
+    return pixels if pixels.shape == (3, height, width) else None
+
+
+def _is_ordinary(width: int, height: int) -> bool:
+    from PIL import Image
+
+    few = not Image.MAX_IMAGE_PIXELS or width * height <= Image.MAX_IMAGE_PIXELS
+    return few and max(width, height) <= _LONGEST * min(width, height)
 
 
 def _not_too_long(picture):

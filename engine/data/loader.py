@@ -1,9 +1,8 @@
-"""From a data set to batches: the order, the captions drawn, and pictures decoded ahead by threads."""
+"""From a data set to batches: pictures decoded ahead by threads, with the captions and the chance of their turn."""
 
 from __future__ import annotations
 
 import collections
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,16 +13,22 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .cache import PictureCache
 from .dataset import ClipDataset
-from .images import BrokenImage, MissingImage, load_image
+from .epochs import CaptionPolicy, Epochs, Pair, chance_of
+from .epochs import epoch_order as epoch_order  # where it was before; tests and scripts import it from here
+from .images import BrokenImage, MissingImage
 from .tokens import Tokenizer
+from .transform import Transform
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Threads serve inside ComfyUI and outside alike: Pillow decodes without holding Python's lock.
-THREADS = min(8, os.cpu_count() or 1)
-CACHE_BYTES = 512 * 2**20
+# Threads serve inside ComfyUI and outside alike: decoders, resizers and copies work without holding Python's lock.
+THREADS = min(16, os.cpu_count() or 1)
+MEMORY_BYTES = 512 * 2**20
+# How many pictures are decoded before a training begins, to see whether they are broken.
+_PROBED = 64
 
 
 class Batch(NamedTuple):
@@ -37,132 +42,185 @@ class Batch(NamedTuple):
     indices: list[int]
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    """A permutation of `count` samples, a function of seed and epoch alone."""
-    return torch.randperm(count, generator=_generator(seed, epoch, 1))
+class Pictures:
+    """The pictures of a data set by sample, each decoded once: kept in a cache on the disk, and what is not there in
+    memory, up to a bound. `broken` are the names and reasons of those that could not be decoded."""
 
+    def __init__(
+        self, dataset: ClipDataset, transform: Transform, cache: PictureCache | None = None,
+        memory_bytes: int = MEMORY_BYTES,
+    ):  # fmt: skip
+        self.dataset, self.transform, self.cache = dataset, transform, cache
+        self.broken: dict[str, str] = {}
+        self._kept: dict[int, Tensor] = {}
+        self._room = memory_bytes
+        self._lock = threading.Lock()
 
-def caption_draw(dataset: ClipDataset, seed: int, epoch: int) -> list[str]:
-    """The caption of each sample for this epoch, drawn evenly from all it has; a function of seed and epoch alone."""
-    draws = torch.rand(len(dataset), generator=_generator(seed, epoch, 2), dtype=torch.float64).tolist()
-    chosen = []
-    for index, draw in enumerate(draws):
-        captions = dataset.training_captions(index)
-        chosen.append(captions[int(draw * len(captions))])
-    return chosen
-
-
-def _generator(seed: int, epoch: int, purpose: int) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{epoch}/{purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    def base(self, index: int) -> Tensor | None:
+        """What `Transform.base` gives, or None for a broken picture, whose reason is noted. Raises `MissingImage`."""
+        if index in self._kept:
+            return self._kept[index]
+        path = self.dataset.path(index)
+        key = None
+        if self.cache is not None:
+            key = self.cache.key(path, self.transform)
+            picture = self.cache.get(key)
+            if picture is not None:
+                return picture
+        try:
+            picture = self.transform.base(path)
+        except MissingImage:
+            raise
+        except BrokenImage as error:
+            with self._lock:
+                self.broken[self.dataset.names[index]] = str(error)
+            return None
+        # A file that was written to meanwhile has another key now.
+        if self.cache is not None and key == self.cache.key(path, self.transform) and self.cache.put(key, picture):
+            return picture
+        with self._lock:
+            if self._room >= picture.nbytes:
+                self._room -= picture.nbytes
+                self._kept[index] = picture
+        return picture
 
 
 class TrainLoader:
     """Batches of a training. Which pairs a step has depends on the seed and the step alone."""
 
     def __init__(
-        self, dataset: ClipDataset, image_size: int, tokenizer: Tokenizer, batch_size: int, seed: int,
-        cache_bytes: int = CACHE_BYTES,
+        self, dataset: ClipDataset, image_size: int, tokenizer: Tokenizer, batch_size: int, seed: int, *,
+        transform: Transform | None = None, policy: CaptionPolicy | None = None, cache: PictureCache | None = None,
+        max_broken: float = 1.0,
     ):  # fmt: skip
-        self.dataset, self.tokenizer, self.batch_size, self.seed = dataset, tokenizer, batch_size, seed
-        self.steps_per_epoch = len(dataset) // batch_size
-        self.pictures = _Pictures(dataset, image_size, cache_bytes)
-        self._numbers: dict[str, int] = {}
+        self.dataset, self.tokenizer, self.batch_size = dataset, tokenizer, batch_size
+        self.epochs = Epochs(dataset, seed, policy)
+        self.steps_per_epoch = self.epochs.length // batch_size
+        self.pictures = Pictures(dataset, transform or Transform(image_size=image_size), cache)
+        self.max_broken = max_broken
+        self.cut: set[int] = set()  # hashes of the captions that did not fit
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="clip-finetune-pictures")
 
     @property
     def broken(self) -> dict[str, str]:
         """Names and reasons of the pictures that could not be decoded; they are missing in their batches."""
         return self.pictures.broken
 
+    def probe(self) -> None:
+        """Decode some pictures, evenly spread. Raises `UserError` if clearly more of them are broken than may be."""
+        count = len(self.dataset)
+        probed = [place * count // _PROBED for place in range(_PROBED)] if count > _PROBED else range(count)
+        for _ in _ordered(self._pool, self._base, probed, len(probed)):
+            pass
+        allowed = allowed_broken(self.max_broken, len(probed))
+        # Of a part, by three standard deviations, so that chance does not refuse a good data set.
+        doubt = 3 * allowed**0.5 if len(probed) < count else 0.0
+        if len(self.broken) > allowed + doubt:
+            raise self._too_many(len(probed))
+
     def iterate(self, start_step: int = 0) -> Iterator[tuple[int, Batch]]:
         """(steps done before, batch) from optimizer step `start_step` (0-based) on, without end.
 
-        Raises `UserError` for a batch with fewer than two good pictures.
+        Raises `UserError` for a batch with fewer than two good pictures, and once more than `max_broken` of the data
+        set are known to be broken.
         """
+        allowed = allowed_broken(self.max_broken, len(self.dataset))
         for step, samples in self._decoded(start_step):
-            good = [(index, caption, image) for index, caption, image in samples if image is not None]
+            if len(self.broken) > allowed:
+                raise self._too_many(len(self.dataset))
+            good = [sample for sample in samples if sample.image is not None]
             if len(good) < 2:
                 name, reason = next(iter(self.broken.items()))
                 raise UserError(
                     f"Of the {len(samples)} pictures of a batch {len(good)} could be opened (for example {name}: "
                     f"{reason}); run clip-finetune info on the data set to see which are broken."
                 )
-            indices, captions, images = (list(column) for column in zip(*good, strict=True))
             yield (
                 step,
                 Batch(
-                    torch.stack(images),
-                    self.tokenizer(captions),
-                    torch.tensor([self._number(f"picture {self.dataset.original(index)}") for index in indices]),
-                    torch.tensor([self._number(f"text {caption}") for caption in captions]),
-                    indices,
+                    torch.stack([sample.image for sample in good]),
+                    torch.stack([sample.tokens for sample in good]),
+                    _numbered([sample.original for sample in good]),
+                    _numbered([sample.pair.meaning for sample in good]),
+                    [sample.pair.sample for sample in good],
                 ),
             )
 
     def close(self) -> None:
-        self.pictures.close()
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _number(self, what: str) -> int:
-        return self._numbers.setdefault(what, len(self._numbers))
-
-    def _plan(self, start_step: int) -> Iterator[tuple[int, int, str]]:
-        """(step, sample, caption) of every pair from a step on."""
-        epoch, position = divmod(start_step, self.steps_per_epoch)
+    def _turns(self, start_step: int) -> Iterator[tuple[int, int, Pair]]:
+        """(step, epoch, pair) of every turn from a step on."""
+        number, position = divmod(start_step, self.steps_per_epoch)
         while True:
-            order = epoch_order(len(self.dataset), self.seed, epoch).tolist()
-            captions = caption_draw(self.dataset, self.seed, epoch)
-            for slot in range(position * self.batch_size, self.steps_per_epoch * self.batch_size):
-                step = epoch * self.steps_per_epoch + slot // self.batch_size
-                yield step, order[slot], captions[order[slot]]
-            epoch, position = epoch + 1, 0
+            epoch = self.epochs.epoch(number)
+            for place in range(position * self.batch_size, self.steps_per_epoch * self.batch_size):
+                yield number * self.steps_per_epoch + place // self.batch_size, number, epoch[place]
+            number, position = number + 1, 0
 
-    def _decoded(self, start_step: int) -> Iterator[tuple[int, list[tuple[int, str, Tensor | None]]]]:
-        samples: list[tuple[int, str, Tensor | None]] = []
-        ahead = 2 * self.batch_size + THREADS
-        pairs = self.pictures.map(lambda pair: (pair, self.pictures.load(pair[1])), self._plan(start_step), ahead)
-        for (step, index, caption), image in pairs:
-            samples.append((index, caption, image))
+    def _decoded(self, start_step: int) -> Iterator[tuple[int, list[_Sample]]]:
+        samples: list[_Sample] = []
+        for sample in _ordered(self._pool, self._sample, self._turns(start_step), 2 * self.batch_size + THREADS):
+            samples.append(sample)
             if len(samples) == self.batch_size:
-                yield step, samples
+                yield sample.step, samples
                 samples = []
 
+    def _sample(self, turn: tuple[int, int, Pair]) -> _Sample:
+        step, epoch, pair = turn
+        base = self._base(pair.sample)
+        if base is None:
+            return _Sample(step, pair, None, None, "")
+        transform = self.pictures.transform
+        chance = chance_of(self.epochs.seed, epoch, pair.entry, "picture") if transform.is_random else None
+        if self.tokenizer.truncated(pair.caption):
+            self.cut.add(hash(pair.caption))
+        return _Sample(
+            step, pair, transform.finish(base, chance), self.tokenizer([pair.caption])[0],
+            self.dataset.original(pair.sample),
+        )  # fmt: skip
 
-class _Pictures:
-    """Decoded pictures by sample, kept in memory up to a bound, and the names of those that are broken."""
-
-    def __init__(self, dataset: ClipDataset, image_size: int, cache_bytes: int):
-        self.dataset, self.image_size = dataset, image_size
-        self.room = cache_bytes // (3 * image_size * image_size)
-        self.kept: dict[int, Tensor] = {}
-        self.broken: dict[str, str] = {}
-        self.lock = threading.Lock()
-        self.pool = ThreadPoolExecutor(THREADS, thread_name_prefix="clip-finetune-pictures")
-
-    def load(self, index: int) -> Tensor | None:
-        """uint8 [3, s, s], or None for a broken picture, whose reason is noted."""
-        if index in self.kept:
-            return self.kept[index]
+    def _base(self, index: int) -> Tensor | None:
         try:
-            image = load_image(self.dataset.path(index), self.image_size)
+            return self.pictures.base(index)
         except MissingImage as error:
             raise UserError(
                 f"{self.dataset.path(index)} was there when the training began and is gone; put it back and start the "
                 "same run again: it goes on from where it is. Without the picture it is another run."
             ) from error
-        except BrokenImage as error:
-            with self.lock:
-                self.broken[self.dataset.names[index]] = str(error)
-            return None
-        with self.lock:
-            if len(self.kept) < self.room:
-                self.kept[index] = image
-        return image
 
-    def map(self, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-        return _ordered(self.pool, function, items, ahead)
+    def _too_many(self, looked_at: int) -> UserError:
+        return too_many_broken(self.broken, looked_at, self.max_broken, self.dataset.name)
 
-    def close(self) -> None:
-        self.pool.shutdown(wait=True, cancel_futures=True)
+
+class _Sample(NamedTuple):
+    """A turn with its picture uint8 [3, s, s] and tokens int64 [context], or None for a broken picture."""
+
+    step: int
+    pair: Pair
+    image: Tensor | None
+    tokens: Tensor | None
+    original: str
+
+
+def allowed_broken(share: float, count: int) -> float:
+    """How many of so many pictures may be broken; unless none may, a single one never stops a training."""
+    return max(1.0, share * count) if share else 0.0
+
+
+def too_many_broken(broken: dict[str, str], looked_at: int, allowed: float, name: str) -> UserError:
+    """What is told when more pictures than max_broken allows cannot be used; `broken` has a reason by name."""
+    shown = "; ".join(f"{file}: {reason}" for file, reason in list(broken.items())[:3])
+    return UserError(
+        f"{len(broken)} of {looked_at} pictures of {name} cannot be used ({shown}), more than max_broken allows "
+        f"({allowed:.0%}); mend or remove them (clip-finetune info names them all), or raise max_broken."
+    )
+
+
+def _numbered(values: Sequence[str]) -> Tensor:
+    """int64 [n]: equal numbers for equal values."""
+    numbers: dict[str, int] = {}
+    return torch.tensor([numbers.setdefault(value, len(numbers)) for value in values])
 
 
 def _ordered(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
@@ -186,23 +244,21 @@ def in_threads(function: Callable[[T], R], items: Iterable[T], ahead: int = 64) 
         yield from _ordered(pool, function, items, ahead)
 
 
-def image_batches(
-    dataset: ClipDataset, indices: Sequence[int], image_size: int, batch_size: int, broken: dict[str, str] | None = None
-) -> Iterator[tuple[list[int], Tensor]]:
-    """(sample indices, uint8 [b, 3, s, s]) in order. Broken pictures are left out and put in `broken`."""
+def image_batches(pictures: Pictures, indices: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
+    """(sample indices, uint8 [b, 3, s, s]) in order, nothing random. Broken pictures are left out and noted in
+    `pictures`."""
     good: list[int] = []
     images: list[Tensor] = []
 
-    def load(index: int) -> tuple[int, Tensor | str]:
+    def load(index: int) -> tuple[int, Tensor | None]:
         try:
-            return index, load_image(dataset.path(index), image_size)
-        except BrokenImage as error:
-            return index, str(error)
+            return index, pictures.base(index)
+        except MissingImage as error:
+            pictures.broken[pictures.dataset.names[index]] = str(error)
+            return index, None
 
     for index, image in in_threads(load, indices, ahead=2 * batch_size):
-        if isinstance(image, str):
-            if broken is not None:
-                broken[dataset.names[index]] = image
+        if image is None:
             continue
         good.append(index)
         images.append(image)

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import importlib.util
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+import numpy
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 from ..openai import END, START, VOCABULARY
 
+# Texts whose tokens are kept, so that a caption is tokenised once and not once an epoch; about 250 bytes each.
+_KEPT_TEXTS = 500_000
+# Of a text, what can matter: no context holds more, and one word of a million letters would take minutes.
+_MOST_LETTERS = 4096
+
 
 class Tokenizer:
     """Texts to int64 tokens [n, context_length]: start, the text's tokens, end, then zeros.
 
-    A text that is too long is cut, with the end token kept last. Raises `UserError` for a model with another
-    vocabulary than OpenAI's.
+    A text that is too long is cut behind its last whole word that fits, with the end token kept last. Raises
+    `UserError` for a model with another vocabulary than OpenAI's.
     """
 
     def __init__(self, context_length: int, vocab_size: int = VOCABULARY):
@@ -27,26 +36,52 @@ class Tokenizer:
         self.context_length = context_length
 
     def __call__(self, texts: Iterable[str]) -> Tensor:
-        rows = [encode(text) for text in texts]
+        rows = [self._cut(encode(text[:_MOST_LETTERS])) for text in texts]
         tokens = torch.zeros(len(rows), self.context_length, dtype=torch.int64)
         for row, codes in zip(tokens, rows, strict=True):
-            kept = [START, *codes[: self.context_length - 2], END]
+            kept = [START, *codes, END]
             row[: len(kept)] = torch.tensor(kept)
         return tokens
 
     def truncated(self, text: str) -> bool:
         """True if the text's end does not fit in the context."""
-        return len(encode(text)) > self.context_length - 2
+        return len(encode(text[:_MOST_LETTERS])) > self.context_length - 2
+
+    def _cut(self, codes: Sequence[int]) -> Sequence[int]:
+        room = self.context_length - 2
+        if len(codes) <= room:
+            return codes
+        ends = _word_ends()
+        whole = next((count for count in range(room, 0, -1) if codes[count - 1] in ends), room)
+        return codes[:whole]
 
 
-@functools.lru_cache(maxsize=200_000)
-def encode(text: str) -> tuple[int, ...]:
+def encode(text: str) -> list[int]:
     """The text's own tokens, without start and end."""
-    return tuple(_bpe().encode(text))
+    return numpy.frombuffer(_encoded(text), dtype=numpy.uint16).tolist()
+
+
+@functools.lru_cache(maxsize=_KEPT_TEXTS)
+def _encoded(text: str) -> bytes:
+    return numpy.array(_bpe().encode(text), dtype=numpy.uint16).tobytes()
 
 
 @functools.cache
 def _bpe():
-    from open_clip import SimpleTokenizer
+    """open_clip's tokenizer, from its file alone: the package imports all of torchvision's models, which takes seconds
+    where the first batch is waited for."""
+    package = importlib.util.find_spec("open_clip")
+    if "open_clip" in sys.modules or package is None or not package.origin:
+        from open_clip import SimpleTokenizer
 
-    return SimpleTokenizer()
+        return SimpleTokenizer()
+    spec = importlib.util.spec_from_file_location(f"{__name__}_bpe", Path(package.origin).with_name("tokenizer.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SimpleTokenizer()
+
+
+@functools.cache
+def _word_ends() -> frozenset[int]:
+    """The tokens that end a word."""
+    return frozenset(number for token, number in _bpe().encoder.items() if token.endswith("</w>"))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..clip.full_clip import FullCLIP
+from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset
 from ..errors import UserError
 from .features import Encoder, encode_pictures, require_pictures
@@ -53,6 +54,7 @@ def eval_retrieval(
     device: torch.device | str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     check_cancelled: Callable[[], None] = lambda: None,
+    cache: PictureCache | None = None,
 ) -> RetrievalResult:
     """Retrieval over a captioned data set; raises `UserError` for one without captions."""
     require_pictures(dataset)
@@ -61,7 +63,9 @@ def eval_retrieval(
             f"{dataset.name} has class folders but no captions, so retrieval cannot be measured on it; measure "
             "zero-shot accuracy instead."
         )
-    encoder = Encoder.of(full_clip, device=device, on_progress=on_progress, check_cancelled=check_cancelled)
+    encoder = Encoder.of(
+        full_clip, device=device, on_progress=on_progress, check_cancelled=check_cancelled, cache=cache
+    )
     return retrieval_of(encoder, dataset)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..clip.full_clip import FullCLIP, load_full_clip
+from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset
 from ..report.tables import table
 from .retrieval import eval_retrieval
@@ -21,7 +22,9 @@ def evaluate(
     *,
     templates: str = "openai-80",
     activation: str = "auto",
+    context_length: int | None = None,
     device: torch.device | str | None = None,
+    cache: PictureCache | None = None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> list[dict[str, Any]]:
     """The list under "models" of `eval --json`: zero-shot where the data set has labels, retrieval where captions.
@@ -30,14 +33,16 @@ def evaluate(
     """
     results, told = [], set()
     for name, source in models:
-        full_clip = source if isinstance(source, FullCLIP) else load_full_clip(source, activation=activation)
-        file = None if isinstance(source, FullCLIP) else str(source)
+        full_clip, file = source, None
+        if not isinstance(source, FullCLIP):
+            full_clip, file = load_full_clip(source, activation=activation, context_length=context_length), str(source)
         result: dict[str, Any] = {"name": name, "file": file}
         measured = []
+        how = {"device": device, "cache": cache}
         if dataset.has_labels:
-            measured.append(("zero_shot", eval_zero_shot(full_clip, dataset, templates=templates, device=device)))
+            measured.append(("zero_shot", eval_zero_shot(full_clip, dataset, templates=templates, **how)))
         if dataset.has_captions:
-            measured.append(("retrieval", eval_retrieval(full_clip, dataset, device=device)))
+            measured.append(("retrieval", eval_retrieval(full_clip, dataset, **how)))
         for part, found in measured:
             result["images"] = found.images
             result[part] = found.as_dict()

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ..clip.full_clip import FullCLIP
+from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset
+from ..data.loader import Pictures, image_batches
 from .features import BATCH, Encoder, encode_pictures
 from .zero_shot import class_features, ranks_of, require_classes, sentences_of
 
@@ -49,6 +51,7 @@ def eval_typographic(
     device: torch.device | str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     check_cancelled: Callable[[], None] = lambda: None,
+    cache: PictureCache | None = None,
 ) -> TypographicResult:
     """Zero-shot accuracy before and after the name of another class was written into each labelled picture.
 
@@ -56,13 +59,16 @@ def eval_typographic(
     without at least two classes.
     """
     require_classes(dataset)
-    encoder = Encoder.of(full_clip, device=device, on_progress=on_progress, check_cancelled=check_cancelled)
+    encoder = Encoder.of(
+        full_clip, device=device, on_progress=on_progress, check_cancelled=check_cancelled, cache=cache
+    )
     classifier = class_features(encoder, dataset.class_names, sentences_of("simple")).double()
     clean = encode_pictures(encoder, dataset)
     rows = [row for row, samples in enumerate(clean.samples) if dataset.labels[samples[0]] is not None]
     labels = torch.tensor([dataset.labels[clean.samples[row][0]] for row in rows])
     words = torch.tensor([_word(dataset, clean.samples[row][0], seed) for row in rows])
-    batches = _attacked(dataset, [clean.samples[row][0] for row in rows], words.tolist(), encoder.image_size, seed)
+    firsts = [clean.samples[row][0] for row in rows]
+    batches = _attacked(encoder.pictures(dataset), firsts, words.tolist(), seed)
     _, attacked = encoder.images(batches, len(rows))
     scores_clean, scores_attacked = clean.features[rows].double() @ classifier.T, attacked.double() @ classifier.T
     return TypographicResult(
@@ -86,12 +92,10 @@ def _word(dataset: ClipDataset, index: int, seed: int) -> int:
 
 
 def _attacked(
-    dataset: ClipDataset, indices: list[int], words: list[int], image_size: int, seed: int
+    pictures: Pictures, indices: list[int], words: list[int], seed: int
 ) -> Iterator[tuple[list[int], Tensor]]:
-    from ..data.loader import image_batches
-
-    start = 0
-    for found, images_u8 in image_batches(dataset, indices, image_size, BATCH):
+    dataset, start = pictures.dataset, 0
+    for found, images_u8 in image_batches(pictures, indices, BATCH):
         written = [
             write_word(image, dataset.class_names[words[start + row]], random.Random(f"{seed} {dataset.names[index]}"))
             for row, (index, image) in enumerate(zip(found, images_u8, strict=True))

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..clip.full_clip import FullCLIP
+from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset
 from ..errors import UserError
-from .features import Encoder, Pictures, encode_pictures, require_pictures
+from .features import EncodedPictures, Encoder, encode_pictures, require_pictures
 
 TEMPLATES = ("openai-80", "simple", "none", "custom")
 
@@ -43,10 +44,13 @@ def eval_zero_shot(
     device: torch.device | str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     check_cancelled: Callable[[], None] = lambda: None,
+    cache: PictureCache | None = None,
 ) -> ZeroShotResult:
     """Zero-shot accuracy over a labelled data set; raises `UserError` for one without at least two classes."""
     require_classes(dataset)
-    encoder = Encoder.of(full_clip, device=device, on_progress=on_progress, check_cancelled=check_cancelled)
+    encoder = Encoder.of(
+        full_clip, device=device, on_progress=on_progress, check_cancelled=check_cancelled, cache=cache
+    )
     return zero_shot_of(encoder, dataset, templates=templates, custom_templates=custom_templates)
 
 
@@ -66,7 +70,7 @@ def zero_shot_of(
     *,
     templates: str = "openai-80",
     custom_templates: Sequence[str] = (),
-    pictures: Pictures | None = None,
+    pictures: EncodedPictures | None = None,
 ) -> ZeroShotResult:
     """Zero-shot accuracy with a network that is already there, and its pictures if they were encoded before.
 

@@ -8,6 +8,8 @@ import types
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
+from ..data.epochs import DEFAULT_TEMPLATE, POLICIES
+from ..data.transform import RESIZERS, SQUARES
 from ..errors import UserError
 from .losses import LOSSES
 from .neurons import EXAMPLE
@@ -138,6 +140,53 @@ class TrainConfig:
     )  # fmt: skip
     profile: bool = _option(
         False, "Measure where the time of a step goes, and tell it at the end.", bookkeeping=True
+    )  # fmt: skip
+    square: str = _option(
+        "crop", "How a picture becomes a square. crop: the middle of it; pad: all of it, with background beside it; "
+        "squash: all of it, pressed; random: another part of it each time (validation sees the middle).",
+        choices=SQUARES,
+    )  # fmt: skip
+    random_share: float = _option(
+        0.5, "For square: random. The smallest share of a picture's area that a part of it has.",
+        min=0.05, max=1.0, step=0.05,
+    )  # fmt: skip
+    flip: bool = _option(
+        False, "Mirror half of the pictures, chosen anew each epoch. Not for captions that say left or right, nor for "
+        "writing."
+    )  # fmt: skip
+    jitter: float = _option(
+        0.0, "Change brightness, contrast and saturation at random by up to this share, and the hue by a fifth of it. "
+        "Not for captions that name colours.", min=0.0, max=1.0, step=0.05,
+    )  # fmt: skip
+    background: str = _option(
+        "white", "What lies under transparent pictures, and beside those that are padded: a colour's name, or #808080."
+    )
+    resize: str = _option(
+        "exact", "exact: the pixels of OpenAI's own transform. fast: decodes and resizes about three times as fast; "
+        "in most pictures one value in 300 differs, by one or two of 255.", choices=RESIZERS,
+    )  # fmt: skip
+    captions: str = _option(
+        "random", "Which of a picture's captions comes: another one each epoch (random), the first, long and short "
+        "ones mixed by long_share, or all, each as a pair of its own in every epoch.", choices=POLICIES,
+    )  # fmt: skip
+    long_share: float = _option(
+        0.5, "For captions: mixed. How often a long caption comes instead of a short one.", min=0.0, max=1.0, step=0.05
+    )  # fmt: skip
+    caption_dropout: float = _option(
+        0.0, "The share of pairs whose caption is left empty.", min=0.0, max=0.9, step=0.05
+    )  # fmt: skip
+    shuffle_tags: bool = _option(False, "Reorder what stands between the commas of a caption, anew each epoch.")
+    keep_tags: int = _option(0, "For shuffle_tags: so many of the first tags stay in their places.", min=0, max=1000)
+    label_template: str = _option(
+        DEFAULT_TEMPLATE, "The caption of a picture that has a class and no caption; {} is the class."
+    )
+    max_broken: float = _option(
+        0.05, "The training stops, or does not begin, if more than this share of the pictures is missing or damaged. A "
+        "single one is always left out and named, unless this is 0.", min=0.0, max=1.0, step=0.01, bookkeeping=True,
+    )  # fmt: skip
+    picture_cache_gb: float = _option(
+        20.0, "Decoded pictures are kept on the disk, up to this size and half of the free space, so that each is "
+        "decoded once and not once an epoch. 0 keeps none.", min=0.0, max=100_000.0, step=1.0, bookkeeping=True,
     )  # fmt: skip
 
     def __post_init__(self):

@@ -5,6 +5,9 @@ from __future__ import annotations
 from ..clip.full_clip import FullCLIP
 from ..clip.gmp import to_gmp
 from ..data.dataset import ClipDataset
+from ..data.epochs import DEFAULT_TEMPLATE, CaptionPolicy
+from ..data.loader import allowed_broken, too_many_broken
+from ..data.transform import Transform
 from ..errors import UserError
 from .config import TrainConfig
 from .freezing import check_freezing
@@ -35,6 +38,37 @@ def check_settings(model: FullCLIP, config: TrainConfig) -> None:
     check_freezing(model.architecture, config)
     parse_neurons(config.scale_neurons, model.architecture)
     RateFactors.parse(config.rate_factors)
+    transform_of(config, model.architecture.image_size)
+    if "{}" not in config.label_template:
+        raise UserError(
+            f"label_template is {config.label_template!r}; write a sentence with {{}} where the class goes, such as "
+            f'"{DEFAULT_TEMPLATE}"'
+        )
+
+
+def transform_of(config: TrainConfig, image_size: int) -> Transform:
+    """How the training's pictures become squares; raises `UserError` for a background that is no colour."""
+    return Transform(
+        image_size=image_size, square=config.square, background=config.background, resize=config.resize,
+        random_share=config.random_share, flip=config.flip, jitter=config.jitter,
+    )  # fmt: skip
+
+
+def caption_policy_of(config: TrainConfig) -> CaptionPolicy:
+    return CaptionPolicy(
+        which=config.captions, long_share=config.long_share, dropout=config.caption_dropout,
+        shuffle_tags=config.shuffle_tags, keep_tags=config.keep_tags,
+    )  # fmt: skip
+
+
+def present_training_pictures(dataset: ClipDataset, config: TrainConfig, notes: Notes) -> ClipDataset:
+    """As `present_pictures`; raises `UserError` if more are missing than max_broken allows."""
+    present = present_pictures(dataset, "training", notes)
+    gone = len(dataset) - len(present)
+    if gone > allowed_broken(config.max_broken, len(dataset)) and gone < len(dataset):
+        reasons = {dataset.names[index]: "the file is not there" for index in dataset.missing()}
+        raise too_many_broken(reasons, len(dataset), config.max_broken, dataset.name)
+    return present
 
 
 def present_pictures(dataset: ClipDataset, what: str, notes: Notes) -> ClipDataset:
@@ -66,14 +100,13 @@ def useful_validation(dataset: ClipDataset | None, notes: Notes) -> ClipDataset 
     return dataset
 
 
-def fitting_batch_size(config: TrainConfig, train_set: ClipDataset, notes: Notes) -> int:
+def fitting_batch_size(config: TrainConfig, train_set: ClipDataset, pairs: int, notes: Notes) -> int:
+    """`batch_size`, or less for a data set that has fewer `pairs` in an epoch; raises `UserError` for one picture."""
     if len(train_set) < 2:
         raise UserError(
             f"The data set {train_set.name} has {len(train_set)} picture(s) to train on; CLIP learns by comparing "
             "pairs, so at least 2 are needed, and some hundred are better."
         )
-    if len(train_set) < config.batch_size:
-        notes.append(
-            f"The batch is reduced from {config.batch_size} to {len(train_set)} because there are no more pictures."
-        )
-    return min(config.batch_size, len(train_set))
+    if pairs < config.batch_size:
+        notes.append(f"The batch is reduced from {config.batch_size} to {pairs} because there are no more pictures.")
+    return min(config.batch_size, pairs)

@@ -18,12 +18,14 @@ import torch
 from ..clip.files import remove_parts, replacing
 from ..clip.full_clip import FullCLIP, load_full_clip, save_full_clip
 from ..clip.network import build_network, checkpoint_activations
+from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset
+from ..data.epochs import Epochs, with_template
 from ..data.images import normalize
 from ..data.loader import Batch, TrainLoader
 from ..data.tokens import Tokenizer
 from ..errors import UserError
-from ..evaluate.features import BrokenModel, Encoder
+from ..evaluate.features import BrokenModel, Encoder, with_trained_transform
 from ..evaluate.retrieval import retrieval_of
 from ..report.charts import loss_chart
 from ..report.tables import table
@@ -39,7 +41,15 @@ from .metrics import PendingSteps
 from .neurons import parse_neurons, scale_neurons
 from .optimizers import build_optimizer, forget_steps, group_table, parameter_groups, set_learning_rates
 from .parts import SCALARS
-from .preparation import check_settings, fitting_batch_size, prepare_model, present_pictures, useful_validation
+from .preparation import (
+    caption_policy_of,
+    check_settings,
+    fitting_batch_size,
+    prepare_model,
+    present_training_pictures,
+    transform_of,
+    useful_validation,
+)  # fmt: skip
 from .profile import Profile
 from .results import Notes, Progress, TrainResult
 from .run_folder import RunFolder, claim_run_folder
@@ -58,24 +68,28 @@ def train(
     device: torch.device | str | None = None,
     on_existing: str = "auto",
     origins: Mapping[str, str] | None = None,
+    cache_folder: str | os.PathLike | None = None,
     on_note: Callable[[str], None] = lambda note: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     check_cancelled: Callable[[], None] = lambda: None,
 ) -> TrainResult:
     """Train, and write everything into `run_folder` (or the next free one, see `claim_run_folder`).
 
-    `on_progress` is called after each optimizer step and validation, `check_cancelled` between micro-batches too;
-    either may raise anything: the state is saved first, and the same call goes on from it. `on_note` gets each
-    sentence of the result's notes as soon as it is known. The lines of `Progress` may be ten steps or a second late:
-    they are fetched from the device together. Raises `UserError`, also for a loss that is not finite.
+    `cache_folder`, which runs may share, is where decoded pictures are kept (`picture_cache_gb`); without it they are
+    kept in memory, as far as they fit. `on_progress` is called after each optimizer step and validation,
+    `check_cancelled` between micro-batches too; either may raise anything: the state is saved first, and the same call
+    goes on from it. `on_note` gets each sentence of the result's notes as soon as it is known. The lines of `Progress`
+    may be ten steps or a second late: they are fetched from the device together. Raises `UserError`, also for a loss
+    that is not finite.
     """
     config = config or TrainConfig()
     notes = Notes(on_note)
     model = prepare_model(full_clip, config, notes)
     check_settings(model, config)
-    train_set = present_pictures(train_set, "training", notes)
-    validation = useful_validation(validation, notes)
-    batch_size = fitting_batch_size(config, train_set, notes)
+    train_set = with_template(present_training_pictures(train_set, config, notes), config.label_template)
+    validation = useful_validation(validation and with_template(validation, config.label_template), notes)
+    pairs = Epochs(train_set, config.seed, caption_policy_of(config)).length
+    batch_size = fitting_batch_size(config, train_set, pairs, notes)
     chosen_device = resolve_device(device)
     identity = {
         "settings": config.identity,
@@ -86,8 +100,8 @@ def train(
     run = claim_run_folder(Path(run_folder), identity, on_existing, notes.append)
     try:
         training = Training(
-            model, train_set, validation, config, run, batch_size, chosen_device, notes,
-            on_progress, check_cancelled,
+            model, train_set, validation, config, run, batch_size, pairs // batch_size, chosen_device, notes,
+            cache_folder, on_progress, check_cancelled,
         )  # fmt: skip
         # A host may call this in inference mode, whose tensors cannot be trained.
         with torch.inference_mode(False), torch.enable_grad():
@@ -101,8 +115,9 @@ class Training:
     together."""
 
     def __init__(
-        self, model, train_set, validation, config, run, batch_size, device, notes, on_progress, check_cancelled
-    ):
+        self, model, train_set, validation, config, run, batch_size, steps_per_epoch, device, notes, cache_folder,
+        on_progress, check_cancelled,
+    ):  # fmt: skip
         self.model: FullCLIP = model
         self.train_set: ClipDataset = train_set
         self.validation: ClipDataset | None = validation
@@ -113,7 +128,9 @@ class Training:
         self.notes: Notes = notes
         self.on_progress, self.check_cancelled = on_progress, check_cancelled
         self.precision = resolve_precision(config.precision, device)
-        self.steps_per_epoch = len(train_set) // batch_size
+        self.cache_folder: str | os.PathLike | None = cache_folder
+        self.transform = transform_of(config, model.architecture.image_size)
+        self.steps_per_epoch: int = steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
         self.validate_every = config.validate_every or self.steps_per_epoch
         self.micro_batch = config.micro_batch
@@ -137,6 +154,7 @@ class Training:
             return self._result(already_finished=True)
         remove_parts(self.folder.path)
         self._build()
+        self._open_pictures()
         self.describe = functools.partial(describe_run, self, identity, origins)
         self.describe()
         if state is not None:
@@ -158,7 +176,7 @@ class Training:
                 self._keep_what_is_whole()
             raise self._out_of_memory() from error
         finally:
-            self.loader.close()
+            self._close_pictures()
         return self._result(already_finished=False)
 
     def _loop(self) -> None:
@@ -335,7 +353,7 @@ class Training:
     def _validate(self) -> None:
         self.network.eval()
         encoder = Encoder(
-            self.network, self.model.architecture.image_size, self.tokenizer, self.device,
+            self.network, self.transform.without_chance, self.tokenizer, self.device, cache=self.cache,
             autocast=lambda: autocast(self.frozen_precision, self.device), check_cancelled=self.check_cancelled,
         )  # fmt: skip
         try:
@@ -378,6 +396,7 @@ class Training:
         """`best.safetensors` says itself which step it is of, so that a crash cannot make the two differ."""
         model = self._trained_model()
         about = {**model.provenance, "validation": validation, "step": self.step}
+        about = with_trained_transform(about, self.transform)
         save_full_clip(dataclasses.replace(model, provenance=about), self.folder.best_file)
 
     def _write_chart(self) -> None:
@@ -438,6 +457,11 @@ class Training:
                 f"{len(self.loader.broken)} training pictures cannot be opened and were left out of their batches (the "
                 f"first is {name}: {reason})."
             )
+        if self.loader.cut:
+            self.notes.append(
+                f"{len(self.loader.cut)} captions are longer than the {self.tokenizer.context_length} tokens that the "
+                "model reads and were cut, each behind its last whole word that fits."
+            )
         if self.profile.enabled:
             self.notes.append("Where the time of a step went:\n" + table(self.profile.rows()))
         if self.validation is not None and not self.folder.best_file.is_file():
@@ -486,9 +510,26 @@ class Training:
         self.micro_batch = config.micro_batch or choose_micro_batch(
             architecture, self.batch_size, self.precision, self.device, config.activation_checkpointing
         )
+
+    def _open_pictures(self) -> None:
+        """The loader and the cache of decoded pictures; raises `UserError` if too many of the pictures are broken."""
+        config, self.cache = self.config, None
+        if self.cache_folder is not None and config.picture_cache_gb:
+            self.cache = PictureCache(self.cache_folder, int(config.picture_cache_gb * 1e9), self.notes.append)
         self.loader = TrainLoader(
-            self.train_set, architecture.image_size, self.tokenizer, self.batch_size, config.seed
+            self.train_set, self.transform.image_size, self.tokenizer, self.batch_size, config.seed,
+            transform=self.transform, policy=caption_policy_of(config), cache=self.cache, max_broken=config.max_broken,
         )  # fmt: skip
+        try:
+            self.loader.probe()
+        except BaseException:
+            self._close_pictures()
+            raise
+
+    def _close_pictures(self) -> None:
+        self.loader.close()
+        if self.cache is not None:
+            self.cache.close()
 
     def _restore(self, tensors: Mapping[str, torch.Tensor], info: Mapping[str, Any]) -> None:
         checkpoints.unpack(tensors, info["optimizer"], self.network, self.loss, self.optimizer)

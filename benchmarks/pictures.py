@@ -1,0 +1,150 @@
+"""Pictures, side by side in one process: decoding and resizing against Pillow, the cache, and a million samples.
+
+    OMP_NUM_THREADS=1 python benchmarks/pictures.py [a photograph.jpg]
+
+The sides of a comparison take turns, and the ratio is that of their fastest calls. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from clip_finetune.engine.data.cache import PictureCache
+from clip_finetune.engine.data.dataset import load_dataset
+from clip_finetune.engine.data.loader import THREADS, TrainLoader
+from clip_finetune.engine.data.tokens import Tokenizer
+from clip_finetune.engine.data.transform import Transform
+
+SIZE = 224
+ROUNDS, SECONDS = 5, 0.6
+
+
+def pillow_alone(path: Path) -> torch.Tensor:
+    """CLIP's transform as open_clip does it, up to uint8: what the engine is measured against."""
+    from torchvision.transforms import functional as transforms
+
+    with Image.open(path) as opened:
+        picture = transforms.resize(opened.convert("RGB"), SIZE, transforms.InterpolationMode.BICUBIC)
+    return transforms.pil_to_tensor(transforms.center_crop(picture, [SIZE, SIZE]))
+
+
+def rates(sides: dict[str, Callable[[], torch.Tensor]]) -> dict[str, float]:
+    """Calls a second of each, by its fastest call of several rounds in which they take turns: what else the machine
+    does makes calls slower, never faster."""
+    fastest = dict.fromkeys(sides, float("inf"))
+    for _ in range(ROUNDS):
+        for name, call in sides.items():
+            until = time.perf_counter() + SECONDS
+            while (began := time.perf_counter()) < until:
+                call()
+                fastest[name] = min(fastest[name], time.perf_counter() - began)
+    return {name: 1 / seconds for name, seconds in fastest.items()}
+
+
+def cold(folder: Path, photograph: Path | None) -> None:
+    print(f"\nJPEG to {SIZE} px, one thread: pictures a second, and how many values differ from Pillow's pixels\n")
+    print("| JPEG (kB) | Pillow | exact | fast | exact / Pillow | fast / Pillow | exact differs | fast differs |")
+    print("|---|---|---|---|---|---|---|---|")
+    torch.set_num_threads(1)
+    for side in (1024, 2048, 4032):
+        file = folder / f"{side}.jpg"
+        source = Image.open(photograph).convert("RGB") if photograph else _painted(side)
+        source.resize((side, side * 3 // 4), Image.Resampling.BICUBIC).save(file, quality=90)
+        sides: dict[str, Callable[[], torch.Tensor]] = {"Pillow": functools.partial(pillow_alone, file)}
+        for name in ("exact", "fast"):
+            sides[name] = functools.partial(Transform(image_size=SIZE, resize=name).load, file)
+        found = rates(sides)
+        cells = [
+            f"{side} × {side * 3 // 4} ({file.stat().st_size // 1000})",
+            *(f"{rate:.0f}" for rate in found.values()),
+        ]
+        cells += [f"{found[name] / found['Pillow']:.2f}" for name in ("exact", "fast")]
+        for name in ("exact", "fast"):
+            apart = (sides[name]().int() - sides["Pillow"]().int()).abs()
+            share, mean, most = (apart > 0).float().mean(), apart.float().mean(), apart.max()
+            cells.append(f"{share:.2%}, by {most} of 255 at most ({mean:.4f} on average)" if most else "no value")
+        print(f"| {' | '.join(cells)} |")
+
+
+def _painted(side: int) -> Image.Image:
+    """Smooth colours under fine grain, as a photograph has."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(1, 3, 24, 32, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, (side * 3 // 4, side), mode="bicubic").clamp(0, 1)[0]
+    grain = torch.randn(smooth.shape, generator=generator) * 0.02
+    return Image.fromarray(((smooth + grain).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
+
+
+def from_the_cache(folder: Path) -> None:
+    """The rate of whole batches, from the second epoch on."""
+    count, batch = 2000, 100
+    place = folder / "many"
+    place.mkdir()
+    picture = _painted(320)
+    labels = {}
+    for index in range(count):
+        picture.save(place / f"{index:05}.jpg", quality=80)
+        labels[f"{index:05}.jpg"] = f"a picture with the number {index}"
+    (place / "labels.json").write_text(json.dumps(labels))
+    cache = PictureCache(folder / "cache", say=print)
+    loader = TrainLoader(load_dataset(place), SIZE, Tokenizer(77), batch, 0, cache=cache)
+    batches, steps = loader.iterate(), count // batch
+    spent = []
+    for _ in range(6):
+        began = time.perf_counter()
+        for _ in range(steps):
+            next(batches)
+        spent.append(time.perf_counter() - began)
+    loader.close()
+    cache.close()
+    print(f"\nWhole batches of {batch} at {SIZE} px, {THREADS} threads: {count / spent[0]:,.0f} pictures/s decoded "
+          f"(exact), {count / min(spent[1:]):,.0f} pictures/s from the cache")  # fmt: skip
+
+
+def a_million(folder: Path, count: int = 1_000_000) -> None:
+    """A labels JSON whose names lead to 64 files; the first batch touches the pictures of a few batches only."""
+    place = folder / "million"
+    place.mkdir()
+    for index in range(64):
+        _painted(320).save(place / f"{index:02}.jpg")
+    with open(place / "labels.json", "w") as file:
+        lines = (f'"{index:07}/../{index % 64:02}.jpg": "a picture with the number {index}"' for index in range(count))
+        file.write("{" + ",\n".join(lines) + "}")
+    began = time.perf_counter()
+    dataset = load_dataset(place)
+    opened = time.perf_counter()
+    loader = TrainLoader(dataset, SIZE, Tokenizer(77), 64, 0)
+    loader.probe()
+    next(loader.iterate())
+    first = time.perf_counter()
+    loader.close()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"\n{len(dataset):,} samples: opened in {opened - began:.1f} s, first batch {first - opened:.2f} s later, "
+          f"at most {memory:,.0f} MB of memory in this process, libraries included")  # fmt: skip
+
+
+def main(arguments: Sequence[str]) -> None:
+    photograph = Path(arguments[0]) if arguments else None
+    capability = torch.backends.cpu.get_cpu_capability()
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {capability}, Python "
+          f"{platform.python_version()}, torch {torch.__version__}, Pillow {Image.__version__}")  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        a_million(Path(folder))
+        cold(Path(folder), photograph)
+        from_the_cache(Path(folder))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
