@@ -9,7 +9,8 @@ from .clip.long_clip import stretch_context
 from .clip.lora import export_lora
 from .clip.merge import merge_text_encoder, merge_vision_encoder, transplant_tower
 from .clip.network import build_network
-from .data.dataset import ClipDataset, load_dataset, split_dataset
+from .data.convert import convert_captions
+from .data.dataset import ClipDataset, combine_datasets, load_dataset, split_dataset
 from .errors import UserError
 from .evaluate.retrieval import eval_retrieval
 from .evaluate.typographic import eval_typographic
@@ -28,6 +29,8 @@ __all__ = [
     "UserError",
     "blend",
     "build_network",
+    "combine_datasets",
+    "convert_captions",
     "eval_retrieval",
     "eval_typographic",
     "eval_zero_shot",

@@ -12,11 +12,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from .data.captions import FORMATS
+from .data.convert import TARGETS, convert_captions
+from .data.dataset import ClipDataset, load_dataset
+from .data.preparation import Preparation, prepare_images
 from .errors import UserError
 from .report.tables import time_words
 from .train.config import DEFAULT_PRESET, GMP_PRESETS, PRESETS, TrainConfig
 
 _EXPORTS = ("text", "vision", "openai", "gmp", "huggingface", "lora")
+_PREPARE = (
+    "Make a new data set out of another: colour-jittered and mirrored copies, centre squares, squares around objects."
+)
 STOPPED = 130  # what a shell reports of a command ended by Ctrl-C
 
 
@@ -39,13 +46,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable, help: str, *, opens_a_model: bool = True) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable, help: str, *, opens_a_model: bool = True, stretches: bool = True):
         added = commands.add_parser(name, help=help, description=help)
         if opens_a_model:
             added.add_argument(
                 "--activation", choices=("auto", "quick_gelu", "gelu"), default="auto",
                 help="what a model's MLPs compute, where its file does not say it (default: auto)",
             )  # fmt: skip
+        if opens_a_model and stretches:
             added.add_argument(
                 "--context-length", type=int, choices=(248,), metavar="248",
                 help="give a model that reads 77 tokens room for 248, as Long-CLIP has (default: as in the file)",
@@ -78,8 +86,8 @@ def _parser() -> argparse.ArgumentParser:
         "has over --baseline's.",
     )  # fmt: skip
     export.add_argument(
-        "--dtype", choices=("fp16", "bf16", "fp32", "mixed"), default="fp16",
-        help="default: fp16; mixed, with openai and gmp only: as OpenAI's files are",
+        "--dtype", choices=("fp16", "bf16", "fp32", "mixed"),
+        help="default: fp16 for text, vision and lora, else the model's own; mixed (openai, gmp): OpenAI's layout",
     )  # fmt: skip
     export.add_argument("--baseline", metavar="M", help="for lora: the model that this one was trained from")
     export.add_argument("--rank", type=int, default=32, help="for lora: more keeps more (default: 32)")
@@ -94,15 +102,69 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--model", action="append", required=True, metavar="M", help="may be given several times")
     evaluate.add_argument("--baseline", metavar="M", help="the model to compare with")
     evaluate.add_argument("--data", required=True, metavar="DIR")
+    _add_captions(evaluate)
     evaluate.add_argument(
         "--templates", choices=("openai-80", "simple", "none"), default="openai-80", help="default: openai-80"
     )
     evaluate.add_argument("--json", metavar="FILE", help="write the numbers there too")
 
-    info = command("info", _info, "Tell what a model, data set or run is, and what is wrong with it.")
+    convert = command("convert", _convert, "Write captions in another format, in a new place.", opens_a_model=False)
+    convert.add_argument("data", metavar="DIR", help="a data set in any format: a folder, or a caption file")
+    convert.add_argument(
+        "--to", required=True, choices=TARGETS, metavar="FORMAT",
+        help="json: a labels JSON. sidecar: a text file beside each picture. kohya: meta_cap.json. metadata: Hugging "
+        "Face's metadata.jsonl. csv: image,caption. coco: COCO's captions.",
+    )  # fmt: skip
+    convert.add_argument(
+        "output", metavar="OUT",
+        help="a new folder, which gets the pictures too, as hard links or copies; or a new file for the captions alone",
+    )  # fmt: skip
+    _add_captions(convert)
+
+    _add_prepare(command("prepare", _prepare, _PREPARE, opens_a_model=False))
+
+    what = "Tell what a model, data set or run is, and what is wrong with it."
+    info = command("info", _info, what, stretches=False)
     info.add_argument("path", metavar="FILE_OR_FOLDER")
     info.add_argument("--json", metavar="FILE", help="write the facts there too")
     return parser
+
+
+def _add_captions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--caption-format", choices=FORMATS, default="auto", metavar="FORMAT",
+        help=f"what format the captions of DIR are in: {', '.join(FORMATS)} (default: auto, which recognises it)",
+    )  # fmt: skip
+    parser.add_argument("--image-column", default="", metavar="NAME", help="of a table: where the pictures' names are")
+    parser.add_argument(
+        "--caption-column", default="", metavar="NAME[,NAME]", help="of a table: where the captions are"
+    )
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DIR", help="a data set in any format: a folder, or a caption file")
+    parser.add_argument("output", metavar="OUT", help="a new folder; DIR stays as it is")
+    _add_captions(parser)
+    parser.add_argument("--device", help="for the detector: cuda, cuda:1 or cpu (default: cuda where there is one)")
+    _add_fields(parser, Preparation)
+
+
+def _add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
+    """A flag for each field of a class of settings; None where it is not given."""
+    kinds = get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        flag, kind = "--" + field.name.replace("_", "-"), kinds[field.name]
+        text = field.metadata["help"].replace("%", "%%") + f" (default: {field.default})"
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            parser.add_argument(flag, type=kind, choices=field.metadata["choices"], default=None, help=text)
+
+
+def _load(arguments: argparse.Namespace, place: str) -> ClipDataset:
+    return load_dataset(
+        place, arguments.caption_format, image_column=arguments.image_column, caption_column=arguments.caption_column
+    )
 
 
 # ---- train -----------------------------------------------------------------------------------------------------------
@@ -111,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="M", help="a file, or a name such as ViT-L-14/openai")
     parser.add_argument("--data", required=True, metavar="DIR", help="a folder of captioned pictures")
+    _add_captions(parser)
     parser.add_argument("--validation", metavar="DIR", help="another such folder, to measure on")
     parser.add_argument(
         "--validation-split", type=float, default=0.0, metavar="SHARE",
@@ -120,14 +183,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in RUN_DIR, or begin it")
     parser.add_argument("--preset", default=DEFAULT_PRESET, choices=list(PRESETS), help=f"default: {DEFAULT_PRESET}")
     parser.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
-    kinds = get_type_hints(TrainConfig)
-    for field in dataclasses.fields(TrainConfig):
-        flag, meta, kind = "--" + field.name.replace("_", "-"), field.metadata, kinds[field.name]
-        text = meta["help"].replace("%", "%%") + f" (default: {field.default})"
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-        else:
-            parser.add_argument(flag, type=kind, choices=meta["choices"], default=None, help=text)
+    _add_fields(parser, TrainConfig)
 
 
 def config_from(arguments: argparse.Namespace) -> tuple[TrainConfig, dict[str, str]]:
@@ -143,7 +199,8 @@ def config_from(arguments: argparse.Namespace) -> tuple[TrainConfig, dict[str, s
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from .data.dataset import load_dataset, split_dataset
+    from .data.cache import user_cache_folder
+    from .data.dataset import split_dataset
     from .train.trainer import train
 
     config, origins = config_from(arguments)
@@ -152,17 +209,17 @@ def _train(arguments: argparse.Namespace) -> int:
             f"--validation-split is {arguments.validation_split}; give a share from 0 to below 1, such as 0.1."
         )
     model = _open(arguments, arguments.model)
-    train_set, validation = load_dataset(arguments.data), None
+    train_set, validation = _load(arguments, arguments.data), None
     _say(f"{train_set.name}: {len(train_set)} pictures ({train_set.reason})")
     if arguments.validation:
-        validation = load_dataset(arguments.validation)
+        validation = _load(arguments, arguments.validation)
     elif arguments.validation_split:
         train_set, validation = split_dataset(train_set, arguments.validation_split, config.seed)
     with _stop_between_steps() as check_cancelled, _Meter() as meter:
         result = train(
             model, train_set, validation, config, run_folder=arguments.out, device=arguments.device,
-            on_existing="resume" if arguments.resume else "auto", origins=origins, on_note=meter.say,
-            on_progress=meter.show, check_cancelled=check_cancelled,
+            on_existing="resume" if arguments.resume else "auto", origins=origins, cache_folder=user_cache_folder(),
+            on_note=meter.say, on_progress=meter.show, check_cancelled=check_cancelled,
         )  # fmt: skip
     best = result.run_folder / "best.safetensors"
     where = f", of step {result.best_step} of {result.total_steps}"
@@ -243,6 +300,14 @@ def _demo(arguments: argparse.Namespace) -> None:
     run_demo(Path(arguments.out), seed=arguments.seed, say=_say)
 
 
+def _check_output(path: str) -> None:
+    """Before a model is opened, or even downloaded, for nothing."""
+    if not path.endswith(".safetensors"):
+        raise UserError(f"{path} must end in .safetensors.")
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder; give the name of a file.")
+
+
 def _open(arguments: argparse.Namespace, source: str):
     from .clip.full_clip import load_full_clip
 
@@ -253,6 +318,7 @@ def _fold(arguments: argparse.Namespace) -> None:
     from .clip.full_clip import save_full_clip
     from .clip.gmp import fold_gmp
 
+    _check_output(arguments.output)
     folded = fold_gmp(_open(arguments, arguments.input))
     _tell_notes(folded.notes)
     _say(f"Wrote {save_full_clip(folded, arguments.output)}.")
@@ -264,13 +330,19 @@ def _export(arguments: argparse.Namespace) -> None:
     from .clip.gmp import fold_gmp, to_gmp
     from .clip.huggingface import save_huggingface
 
-    kind, dtype, output = arguments.format, arguments.dtype, arguments.output
+    kind, output = arguments.format, arguments.output
+    # For image programs fp16; what may be trained on keeps its own.
+    dtype = arguments.dtype or (None if kind in ("openai", "gmp", "huggingface") else "fp16")
     if dtype == "mixed" and kind not in ("openai", "gmp"):
         raise UserError(f"--dtype mixed is for --format openai and gmp; for {kind} choose fp16, bf16 or fp32.")
+    if (kind == "lora") != bool(arguments.baseline):
+        raise UserError("--format lora and --baseline, the model that this one was trained from, go together.")
+    if kind != "huggingface":
+        _check_output(output)
     model = _open(arguments, arguments.input)
     _tell_notes(model.notes)
     if kind == "lora":
-        _export_lora(arguments, model)
+        _export_lora(arguments, model, dtype)
     elif kind == "huggingface":
         _tell_notes(save_huggingface(model, output, dtype=dtype)[1])
     elif kind == "gmp":
@@ -284,13 +356,12 @@ def _export(arguments: argparse.Namespace) -> None:
     _say(f"Wrote {output}.")
 
 
-def _export_lora(arguments: argparse.Namespace, model) -> None:
+def _export_lora(arguments: argparse.Namespace, model, dtype: str) -> None:
     from .clip.lora import export_lora
 
-    if not arguments.baseline:
-        raise UserError("--format lora needs --baseline, the model that this one was trained from.")
     baseline = _open(arguments, arguments.baseline)
-    _say(export_lora(model, baseline, arguments.output, rank=arguments.rank, dtype=arguments.dtype).sentence)
+    report = export_lora(model, baseline, arguments.output, rank=arguments.rank, dtype=dtype)
+    _tell_notes((*baseline.notes, *report.notes, report.sentence))
 
 
 def _merge(arguments: argparse.Namespace) -> None:
@@ -299,6 +370,7 @@ def _merge(arguments: argparse.Namespace) -> None:
 
     if not arguments.text and not arguments.vision:
         raise UserError("merge needs --text, --vision or both: what to put into the full CLIP.")
+    _check_output(arguments.output)
     merged = _open(arguments, arguments.model)
     if arguments.text:
         merged = merge_text_encoder(arguments.text, merged)
@@ -310,17 +382,57 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 def _eval(arguments: argparse.Namespace) -> None:
     from .clip.files import write_json
-    from .data.dataset import load_dataset
+    from .data.cache import PictureCache, user_cache_folder
     from .evaluate.together import evaluate, table_of
 
-    dataset = load_dataset(arguments.data)
+    dataset = _load(arguments, arguments.data)
     models = [("model", file) for file in arguments.model]
     if arguments.baseline:
         models.append(("baseline", arguments.baseline))
-    results = evaluate(models, dataset, templates=arguments.templates, activation=arguments.activation, on_note=_say)
+    with contextlib.closing(PictureCache(user_cache_folder(), say=_say)) as cache:
+        results = evaluate(
+            models, dataset, templates=arguments.templates, activation=arguments.activation,
+            context_length=arguments.context_length, cache=cache, on_note=_say,
+        )  # fmt: skip
     print(table_of(results))
     if arguments.json:
         write_json(arguments.json, {"models": results})
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    dataset = _load(arguments, arguments.data)
+    _say(f"{dataset.name}: {len(dataset)} pictures ({dataset.reason})")
+    _tell_notes(dataset.notes)
+    _tell_notes(convert_captions(dataset, arguments.to, arguments.output))
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from .train.compute import resolve_device
+
+    names = [field.name for field in dataclasses.fields(Preparation)]
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    settings, dataset = Preparation(**given), _load(arguments, arguments.data)
+    _say(f"{dataset.name}: {len(dataset)} pictures ({dataset.reason})")
+    _tell_notes(dataset.notes)
+    with _stop_between_steps() as check_cancelled:
+        prepared = prepare_images(
+            dataset, arguments.output, settings, device=resolve_device(arguments.device), on_note=_say,
+            on_progress=_tenths("pictures"), check_cancelled=check_cancelled,
+        )  # fmt: skip
+    _tell_notes(prepared.notes)
+    _say(f"Wrote {prepared.folder}.")
+
+
+def _tenths(things: str) -> Callable[[int, int], None]:
+    """Says how far a piece of work is, a line for each tenth."""
+    said = [0]
+
+    def count(done: int, total: int) -> None:
+        if (tenth := done * 10 // max(total, 1)) > said[0]:
+            said[0] = tenth
+            _say(f"{done} of {total} {things}")
+
+    return count
 
 
 def _info(arguments: argparse.Namespace) -> None:

@@ -15,11 +15,11 @@ from .clip.names import text_encoders_in
 from .clip.reading import INDEX_SUFFIX, Contents, read_contents
 from .clip.sources import find_source, holds_a_model
 from .data.dataset import ClipDataset, load_dataset
-from .errors import UserError
+from .errors import UserError, one_line
 from .report.tables import table
 
-_DATASET_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
-_VOCABULARY = 49408
+_DATASET_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet")
+_SHOWN = 20  # of what is not a list
 
 
 def describe(path: str | os.PathLike, activation: str = "auto") -> dict[str, Any]:
@@ -29,9 +29,9 @@ def describe(path: str | os.PathLike, activation: str = "auto") -> dict[str, Any
     Every picture of a data set is decoded to find the broken ones. Raises `UserError` for what cannot be read.
     """
     place = Path(path)
-    if not place.exists() and "/" not in str(path):
+    if not os.path.exists(place) and "/" not in str(path):
         raise UserError(f"{path} does not exist; give a model file, a folder of pictures, or a run folder.")
-    if (place / "config.json").is_file() and (place / "metrics.jsonl").is_file():
+    if os.path.isfile(place / "config.json") and os.path.isfile(place / "metrics.jsonl"):
         return _describe_run(place)
     if _is_model(place):
         return _describe_model(path, activation)
@@ -39,18 +39,20 @@ def describe(path: str | os.PathLike, activation: str = "auto") -> dict[str, Any
 
 
 def _is_model(place: Path) -> bool:
-    if place.is_file():
+    if os.path.isfile(place):
         return place.name.endswith(INDEX_SUFFIX) or place.suffix.lower() not in _DATASET_SUFFIXES
-    return not place.exists() or holds_a_model(place)
+    return not os.path.exists(place) or holds_a_model(place)
 
 
 def _describe_model(path: str | os.PathLike, activation: str) -> dict[str, Any]:
     """The facts of a model file; those of another kind than a full CLIP in as far as they are known."""
-    if Path(path).exists():
+    if os.path.exists(path):
         contents = read_contents(find_source(path).path)
         kind = kind_of(contents.tensors)
         if kind == "unknown":
-            raise UserError(f"{path} is not a CLIP: it has neither a text tower nor a vision tower.")
+            raise UserError(
+                f"{path} is not a CLIP: it has neither a text tower nor a vision tower; choose another file."
+            )
         if kind != "full_clip":
             return _describe_part(path, kind, contents)
     model = load_full_clip(path, activation=activation)
@@ -83,7 +85,9 @@ def _describe_part(path: str | os.PathLike, kind: str, contents: Contents) -> di
     if kind == "checkpoint":
         found = text_encoders_in(contents.tensors)
         widths = [
-            f"{prefix or 'no prefix'}: {contents.tensors[tokens].shape[-1]} wide" for prefix, tokens in found.items()
+            f"{prefix or 'no prefix'}: {contents.tensors[tokens].shape[-1]} wide"
+            for prefix, tokens in found.items()
+            if contents.tensors[tokens].ndim == 2
         ]
         return facts | {"text_encoders": widths, "problems": []}
     return facts | {"problems": not_numbers(contents.tensors)}
@@ -91,47 +95,57 @@ def _describe_part(path: str | os.PathLike, kind: str, contents: Contents) -> di
 
 def describe_dataset(dataset: ClipDataset, context_length: int = 77) -> dict[str, Any]:
     """The facts of a data set; a caption is counted as truncated if it is longer than `context_length` tokens."""
-    from .data.images import BrokenImage, load_image
-    from .data.loader import in_threads
-    from .data.tokens import Tokenizer
+    from .data.findings import advice, caption_lengths
+    from .data.inspection import inspect_dataset
 
-    tokenizer = Tokenizer(context_length, _VOCABULARY)
-    missing = set(dataset.missing())
-    broken = [{"file": dataset.names[index], "reason": "the file is not there"} for index in sorted(missing)]
-
-    def reason(index: int) -> tuple[int, str | None]:
-        try:
-            load_image(dataset.path(index), 32)
-        except BrokenImage as error:
-            return index, str(error)
-        return index, None
-
-    there = (index for index in range(len(dataset)) if index not in missing)
-    broken += [
-        {"file": dataset.names[index], "reason": why} for index, why in in_threads(reason, there) if why is not None
-    ]
-    return {
+    found = inspect_dataset(dataset, context_length=context_length)
+    shortest, median, longest = caption_lengths(found)
+    facts = {
         "kind": "dataset",
-        "name": dataset.name,
-        "format": dataset.format,
-        "reason": dataset.reason,
-        "images": len(dataset),
-        "captions": sum(len(captions) for captions in dataset.captions),
-        "labels": len(dataset.class_names),
-        "truncated_captions": sum(tokenizer.truncated(text) for captions in dataset.captions for text in captions),
-        "broken": broken,
-        "notes": list(dataset.notes),
+        "name": found.name,
+        "format": found.format,
+        "reason": found.reason,
+        "images": found.images,
+        "originals": found.originals,
+        "captions": found.captions,
+        "labels": len(found.classes),
+        "caption_tokens": {"shortest": shortest, "median": median, "longest": longest},
+        "truncated_captions": found.truncated_captions,
+        "picture_sizes": _sizes(found.sizes.tolist()),
+        "broken": [{"file": item.file, "reason": item.reason} for item in found.broken],
+        "exact_duplicates": [list(group) for group in found.exact_duplicates],
+        "near_duplicates": [list(group) for group in found.near_duplicates],
+        "repeated_captions": [{"pictures": n, "caption": text} for text, n in found.repeated_captions.items()],
+        "without_captions": list(found.without_captions),
+        "unnamed": list(found.unnamed),
+        "classes": dict(found.classes),
+        "notes": list(found.notes),
     }
+    return facts | {"advice": [words.partition("\n")[0].rstrip(":") for words in advice(found)]}
+
+
+def _sizes(sizes: list[list[int]]) -> dict[str, str]:
+    """The smallest, middle and largest of (width, height), by area."""
+    ordered = sorted(sizes, key=lambda size: size[0] * size[1])
+    if not ordered:
+        return {}
+    chosen = {"smallest": ordered[0], "middle": ordered[len(ordered) // 2], "largest": ordered[-1]}
+    return {name: f"{width} x {height}" for name, (width, height) in chosen.items()}
 
 
 def _describe_run(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    except (ValueError, OSError) as error:
-        raise UserError(f"{folder} holds a damaged run ({error}); the weights in it can still be opened.") from error
-    if not isinstance(config, dict) or "identity" not in config or not all(isinstance(line, dict) for line in lines):
-        raise UserError(f"{folder} holds files with the names of a run's, but they are another program's.")
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(
+            f"{folder} holds a damaged run ({one_line(error)}); the weights in it can still be opened."
+        ) from error
+    sound = isinstance(config, dict) and "identity" in config and isinstance(config.get("model", {}), dict)
+    if not sound or not all(isinstance(line, dict) for line in lines):
+        raise UserError(
+            f"{folder} holds files with the names of a run's, but they are another program's; choose another folder."
+        )
     steps = [line for line in lines if line.get("kind") == "step"]
     return {
         "kind": "run",
@@ -166,7 +180,8 @@ def in_words(facts: Mapping[str, Any]) -> str:
             for key, inner in value.items():
                 if isinstance(inner, Mapping):
                     lines.append(f"{words}, {key}: " + ", ".join(f"{k} {v}" for k, v in inner.items()))
-            flat = [f"{key} {inner}" for key, inner in value.items() if not isinstance(inner, Mapping)]
+            flat = [f"{key} {_joined(inner)}" for key, inner in value.items() if not isinstance(inner, Mapping)]
+            flat = flat[:_SHOWN] + ([f"… and {len(flat) - _SHOWN} more"] if len(flat) > _SHOWN else [])
             lines += [f"{words}: {', '.join(flat)}"] if flat else []
         elif isinstance(value, list):
             lines.append(f"{words}: {len(value)}")
@@ -177,11 +192,26 @@ def in_words(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _joined(value: Any) -> Any:
+    return "; ".join(map(str, value)) if isinstance(value, list) else value
+
+
 def _indented(text: str) -> list[str]:
     return [f"  {line}" for line in text.splitlines()]
 
 
 def _item(item: Any) -> str:
+    if isinstance(item, list):
+        return ", ".join(map(str, item[:5])) + (f", … and {len(item) - 5} more" if len(item) > 5 else "")
     if not isinstance(item, Mapping):
         return str(item)
-    return f"{item['file']}: {item['reason']}" if "reason" in item else ", ".join(f"{k} {v}" for k, v in item.items())
+    return (
+        f"{item['file']}: {item['reason']}"
+        if "reason" in item
+        else ", ".join(f"{k} {_short(v)}" for k, v in item.items())
+    )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"

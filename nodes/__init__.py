@@ -2,9 +2,9 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import dataset, evaluation, exports, host, models, training
+from . import dataset, evaluation, exports, host, models, pictures, training
 
-NODES = [*models.NODES, *exports.NODES, *dataset.NODES, *training.NODES, *evaluation.NODES]
+NODES = [*models.NODES, *exports.NODES, *dataset.NODES, *pictures.NODES, *training.NODES, *evaluation.NODES]
 
 
 class ClipFinetuneExtension(ComfyExtension):

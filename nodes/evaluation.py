@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from comfy_api.latest import io, ui
 
+from ..engine.data.cache import PictureCache
 from ..engine.evaluate.retrieval import eval_retrieval
 from ..engine.evaluate.together import percent
 from ..engine.evaluate.zero_shot import TEMPLATES, eval_zero_shot
@@ -34,12 +37,14 @@ def _measure(cls, evaluate, full_clip, baseline):
     """{"model": result} and, where there is one, {"baseline": result}, with progress and notes shown."""
     display = host.Display(cls.hidden.unique_id)
     results = {}
-    with host.whole_device():
+    cache = PictureCache(host.picture_cache_folder(), say=display.say)
+    with host.whole_device(), contextlib.closing(cache):
         for name, model in (("baseline", baseline), ("model", full_clip)):
             if model is not None:
                 results[name] = evaluate(
-                    model, device=host.device(), on_progress=display.count, check_cancelled=host.check_cancelled
-                )
+                    model, device=host.device(), cache=cache, on_progress=display.count,
+                    check_cancelled=host.check_cancelled,
+                )  # fmt: skip
     for note in results["model"].notes:
         display.say(note)
     return results, display

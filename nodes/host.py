@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import time
@@ -112,6 +113,25 @@ def find_dataset(name: str) -> str:
     return folders[name]
 
 
+def dataset_place(name: str) -> Path:
+    """The folder of this name in the first datasets root, whether it is there or not."""
+    plain = re.sub(r'[/\\:*?"<>|\0]+', "_", name).strip(" .") or "dataset"
+    return Path(folder_paths.get_folder_paths("datasets")[0], plain)
+
+
+def new_dataset_folder(name: str) -> tuple[str, Path]:
+    """(the entry of `list_datasets` that it will be, its path) of a folder in the first datasets root that is free."""
+    place = dataset_place(name)
+    places = (place if number == 1 else place.with_name(f"{place.name}_{number}") for number in itertools.count(1))
+    free = next(place for place in places if not os.path.lexists(place))
+    return free.name, free
+
+
+def pictures_folder() -> Path:
+    """Where pictures from the graph are kept while ComfyUI runs: it empties its temp folder when it starts."""
+    return Path(folder_paths.get_temp_directory(), "clip_finetune_pictures")
+
+
 def file_fingerprint(path: str) -> tuple:
     """Changes when the file does."""
     if not os.path.isfile(path):
@@ -131,7 +151,7 @@ def folder_fingerprint(folder: str) -> list[tuple]:
             path = os.path.join(root, name)
             if len(files) <= _MAX_FINGERPRINTED:
                 files.append(path)
-            if name.lower().endswith((".json", ".csv", ".tsv", ".txt", ".caption")):
+            if name.lower().endswith((".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".caption")):
                 light.append(file_fingerprint(path))
         if root.count(os.sep) - folder.count(os.sep) > 16:  # a folder inside its own link
             folders.clear()
@@ -149,6 +169,12 @@ def run_folder(run_name: str) -> Path:
             f"run_name is {run_name!r}; give a plain name such as my_clip, without slashes or a leading dot."
         )
     return Path(folder_paths.get_output_directory(), _RUNS, name)
+
+
+def picture_cache_folder() -> Path:
+    """Where decoded pictures are kept for the next epoch, run or evaluation: output/clip_finetune/.cache, which may be
+    deleted at any time."""
+    return Path(folder_paths.get_output_directory(), _RUNS, ".cache")
 
 
 def new_output_file(filename_prefix: str) -> Path:
@@ -245,6 +271,11 @@ class Display:
 def _without_columns(table: str) -> str:
     lines = [re.sub(r" {2,}", " · ", line.strip()) for line in table.splitlines()]
     return "\n".join(line for line in lines if line.strip("- ·"))
+
+
+def image_array(image: torch.Tensor) -> numpy.ndarray:
+    """One picture of an IMAGE, [height, width, channels] from 0 to 1, as uint8."""
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
 def image_tensor(picture) -> torch.Tensor:

@@ -103,8 +103,8 @@ def _train(cls, presets, gmp, full_clip, train_set, validation, run_name, preset
     with host.whole_device():
         result = train(
             full_clip, train_set, validation, config, run_folder=host.run_folder(run_name), device=host.device(),
-            on_existing=if_run_exists, origins=origins, on_note=display.say, on_progress=show,
-            check_cancelled=host.check_cancelled,
+            on_existing=if_run_exists, origins=origins, cache_folder=host.picture_cache_folder(), on_note=display.say,
+            on_progress=show, check_cancelled=host.check_cancelled,
         )  # fmt: skip
     display.say(f"Done: the model of step {result.best_step} of {result.total_steps}.")
     chart = host.image_tensor(loss_chart(result.steps, result.validations, title=result.run_folder.name))

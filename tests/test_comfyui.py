@@ -20,8 +20,9 @@ from clip_finetune.engine.clip.full_clip import cast
 pytestmark = pytest.mark.comfyui
 
 NODES = [
-    "EvalRetrieval", "EvalZeroShot", "ExportClipG", "ExportClipL", "ExportClipLoRA", "FoldGmP", "LoadCLIPDataset",
-    "LoadFullCLIP", "MergeTEWithVision", "SaveFullCLIP", "TrainCLIP", "TrainCLIPGmP", "TransplantTower",
+    "CLIPDatasetFromImages", "CombineCLIPDatasets", "ConvertCLIPCaptions", "EvalRetrieval", "EvalZeroShot",
+    "ExportClipG", "ExportClipL", "ExportClipLoRA", "FoldGmP", "InspectCLIPDataset", "LoadCLIPDataset", "LoadFullCLIP",
+    "MergeTEWithVision", "PrepareCLIPImages", "SaveFullCLIP", "TrainCLIP", "TrainCLIPGmP", "TransplantTower",
 ]  # fmt: skip
 
 

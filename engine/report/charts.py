@@ -9,6 +9,7 @@ from typing import Any
 _SIZE, _DPI = (7.68, 4.8), 100
 _GROUND, _INK, _FAINT = "#20232a", "#e8e8e8", "#4a4f5a"
 _BLUE, _ORANGE, _GREEN, _GREY = "#5aa9f0", "#f2a541", "#7bc96f", "#9aa0ab"
+_NAMED_CLASSES = 24
 _POINTS = 1500  # a curve of more steps is thinned to this many
 
 
@@ -64,6 +65,63 @@ def bar_chart(groups: Mapping[str, Mapping[str, float]], *, title: str = ""):
     return _picture(figure)
 
 
+def dataset_chart(
+    token_counts: Mapping[int, int],
+    context_length: int,
+    sizes: Sequence[tuple[int, int]],
+    classes: Mapping[str, int],
+):
+    """What a data set is made of: how many captions have how many tokens (those that are cut in another colour), the
+    pictures' shorter sides in pixels and their shapes, and how many pictures each class has; what it has not is left
+    out. `sizes` are (width, height)."""
+    wide = [name for name, there in (("captions", token_counts), ("classes", classes)) if there]
+    figure = _canvas((10.24, 7.2))
+    rows = ([wide * 2 if len(wide) == 1 else wide] if wide else []) + [["sides", "shapes"]]
+    panels = figure.subplot_mosaic(rows)
+    if token_counts:
+        _draw_token_counts(panels["captions"], token_counts, context_length)
+    if classes:
+        _draw_classes(panels["classes"], classes)
+    _dress(panels["sides"], "Shorter side of the pictures, in pixels", 11)
+    _dress(panels["shapes"], "Width by height", 11)
+    if len(sizes):
+        panels["sides"].hist([min(size) for size in sizes], bins=30, color=_BLUE)
+        panels["sides"].xaxis.get_major_locator().set_params(integer=True)
+        panels["shapes"].hist(
+            [math.log2(width / height) for width, height in sizes], bins=31, range=(-2, 2), color=_BLUE
+        )
+    shapes = {"1:4": -2, "1:2": -1, "2:3": math.log2(2 / 3), "1:1": 0, "3:2": math.log2(3 / 2), "2:1": 1, "4:1": 2}
+    panels["shapes"].set_xticks(list(shapes.values()), list(shapes))
+    for axes in panels.values():
+        axes.grid(axis="x", visible=False)
+    return _picture(figure)
+
+
+def _draw_token_counts(axes, token_counts: Mapping[int, int], context_length: int) -> None:
+    """A bar a length; what is longer than twice the limit stands at its end."""
+    counts = dict.fromkeys(range(2 * context_length + 1), 0)
+    for tokens, count in token_counts.items():
+        counts[min(tokens, 2 * context_length)] += count
+    last = max(length for length, count in counts.items() if count)
+    lengths = range(last + 1)
+    colours = [_BLUE if length <= context_length else _ORANGE for length in lengths]
+    axes.bar(lengths, [counts[length] for length in lengths], 1.0, color=colours)
+    cut = sum(count for tokens, count in token_counts.items() if tokens > context_length)
+    _dress(axes, "Captions by their tokens" + (f" ({cut} are cut at {context_length})" if cut else ""), 11)
+
+
+def _draw_classes(axes, classes: Mapping[str, int]) -> None:
+    ordered = sorted(classes.items(), key=lambda item: -item[1])
+    axes.bar(range(len(ordered)), [count for _, count in ordered], color=_BLUE)
+    _dress(axes, f"Pictures in each of {len(ordered)} classes", 11)
+    if len(ordered) <= _NAMED_CLASSES:
+        names = [name if len(name) <= 16 else f"{name[:15]}…" for name, _ in ordered]
+        axes.set_xticks(range(len(ordered)), names, rotation=45, ha="right", parse_math=False)
+    else:
+        axes.set_xticks([])
+        axes.set_xlabel(f"from {ordered[0][0][:30]} to {ordered[-1][0][:30]}", color=_INK, parse_math=False)
+
+
 def against_baseline(what: str, value: float, baseline: float | None) -> str:
     """A title that says in words how a share (0 to 1) stands beside the baseline's."""
     if baseline is None:
@@ -85,21 +143,32 @@ def _running_mean(values: Sequence[float]) -> list[float]:
 
 
 def _figure(title: str):
+    figure = _canvas(_SIZE)
+    axes = figure.add_subplot()
+    _dress(axes, title)
+    return figure, axes
+
+
+def _canvas(size: tuple[float, float]):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=_SIZE, dpi=_DPI, facecolor=_GROUND, layout="constrained")
+    figure = Figure(figsize=size, dpi=_DPI, facecolor=_GROUND, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(facecolor=_GROUND)
-    axes.set_title(title, color=_INK, fontsize=15, wrap=True, parse_math=False)  # a run's name may hold a $
-    axes.tick_params(colors=_INK, labelsize=13)
-    axes.xaxis.label.set(color=_INK, fontsize=14)
-    axes.yaxis.label.set(color=_INK, fontsize=14)
+    return figure
+
+
+def _dress(axes, title: str, size: float = 14) -> None:
+    """`size` is that of the letters beside the axes, in points."""
+    axes.set_facecolor(_GROUND)
+    axes.set_title(title, color=_INK, fontsize=size + 1, wrap=True, parse_math=False)  # a run's name may hold a $
+    axes.tick_params(colors=_INK, labelsize=size - 1)
+    axes.xaxis.label.set(color=_INK, fontsize=size)
+    axes.yaxis.label.set(color=_INK, fontsize=size)
     axes.grid(color=_FAINT, linewidth=0.7)
     axes.set_axisbelow(True)
     for name, spine in axes.spines.items():
         spine.set(color=_FAINT, visible=name in ("left", "bottom"))
-    return figure, axes
 
 
 def _legend(axes, **where) -> None:
