@@ -12,8 +12,9 @@ from PIL import Image
 
 from clip_finetune.engine import UserError, load_dataset, split_dataset
 from clip_finetune.engine.data import json_captions, json_stream
+from clip_finetune.engine.data.epochs import epoch_order
 from clip_finetune.engine.data.images import BrokenImage, load_image, normalize
-from clip_finetune.engine.data.loader import TrainLoader, epoch_order
+from clip_finetune.engine.data.loader import TrainLoader
 from clip_finetune.engine.data.texts import in_lines
 from clip_finetune.engine.data.tokens import Tokenizer
 from clip_finetune.engine.data.tree import picture_suffixes

@@ -16,7 +16,6 @@ from ..errors import UserError
 from .cache import PictureCache
 from .dataset import ClipDataset
 from .epochs import CaptionPolicy, Epochs, Pair, chance_of
-from .epochs import epoch_order as epoch_order  # where it was before; tests and scripts import it from here
 from .images import BrokenImage, MissingImage
 from .tokens import Tokenizer
 from .transform import Transform
