@@ -356,7 +356,7 @@ def test_damaged_files_of_the_cache_are_not_believed(tmp_path):
 
 
 _WRITE_FOR_EVER = """
-import sys, torch
+import sys, time, torch
 from clip_finetune.engine.data.cache import PictureCache
 cache = PictureCache(sys.argv[1], 10**9)
 number = cache.entries
@@ -365,6 +365,7 @@ sys.stdin.readline()
 while True:
     number += 1
     cache.put(number.to_bytes(16, "big"), torch.full((3, 100, 100), number % 251, dtype=torch.uint8))
+    time.sleep(0.0002)  # or a quick disk would be past the limit before the last kill, and the first pictures gone
 """
 
 
