@@ -1,6 +1,7 @@
 """Towers put into full CLIPs: from checkpoints, from ComfyUI's vision files, from other full CLIPs."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -129,6 +130,19 @@ def test_a_tower_that_computes_otherwise_is_refused_where_its_file_tells_it(tmp_
     save_full_clip(random_clip(seed=1, **change), tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=words):
         merge_text_encoder(tmp_path / "other.safetensors", random_clip())
+
+
+@pytest.mark.parametrize("kind, refused", [("clip_text_model", True), ("clip_vision_model", False)])
+def test_only_a_configuration_of_the_tower_itself_is_believed(tmp_path, kind, refused):
+    save_file(text_encoder_state_dict(random_clip(seed=1))[0], tmp_path / "te.safetensors")
+    config = {"model_type": kind, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "intermediate_size": 256, "hidden_act": "gelu"}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if refused:
+        with pytest.raises(UserError, match="gelu as activation"):
+            merge_text_encoder(tmp_path / "te.safetensors", random_clip())
+    else:
+        merge_text_encoder(tmp_path / "te.safetensors", random_clip())
 
 
 def test_a_tower_of_another_size_is_told_by_its_size():

@@ -45,9 +45,9 @@ def merge_text_encoder(
     source = piece.source
     base, notes = _plain(full_clip)
     tower = _text_tower(piece, base.architecture.text_width)
-    _check_told(piece, base.architecture, "text")
     projection = tower.pop(_PROJECTION, None)
     _check(tower, base, source)
+    _check_told(piece, base.architecture, "text")
     notes = _warnings(tower, projection, base) + notes
     return base.derive(tower, step=f"text tower replaced by that of {Path(source).name}", notes=notes)
 
@@ -68,9 +68,9 @@ def merge_vision_encoder(
     tower = {name: t for name, t in _openai_names(piece.tensors, source).items() if names.is_vision_name(name)}
     if not tower:
         raise UserError(f"{source} holds no CLIP vision encoder; give a file that ComfyUI's CLIPVisionLoader opens.")
-    _check_told(piece, base.architecture, "vision")
     projection = tower.pop(_VISION_PROJECTION, None)
     _check(tower, base, source)
+    _check_told(piece, base.architecture, "vision")
     if projection is not None and _of_the_same_model(projection, base.state_dict[_VISION_PROJECTION]):
         tower[_VISION_PROJECTION] = projection
     elif projection is not None:
@@ -90,7 +90,9 @@ def transplant_tower(text_from: FullCLIP, vision_from: FullCLIP) -> FullCLIP:
         ("compute", text.activation, vision.activation),
     ):
         if one != other:
-            raise UserError(f"The towers do not fit: the models {what} {one} (text) and {other} (vision).")
+            raise UserError(
+                f"The towers do not fit: the models {what} {one} (text) and {other} (vision); choose two of one kind."
+            )
     notes: list[str] = []
     if text_from.parameterization != vision_from.parameterization:
         (text_from, notes), (vision_from, more) = _plain(text_from), _plain(vision_from)
@@ -118,36 +120,39 @@ def _plain(full_clip: FullCLIP) -> tuple[FullCLIP, list[str]]:
 
 
 class _Piece(NamedTuple):
-    """What a tower comes from: its tensors, and what is known of it by the names of `Architecture`'s fields."""
+    """What a tower comes from: its tensors, and what the file and a configuration beside it tell, by the names of
+    `Architecture`'s fields."""
 
     source: str
     tensors: Mapping[str, Tensor]
     told: Mapping[str, Any]
+    beside: Mapping[str, Any]
 
 
 def _read(given: str | os.PathLike | Mapping[str, Tensor], source: str) -> _Piece:
     if isinstance(given, Mapping):
-        return _Piece(source, given, {})
+        return _Piece(source, given, {}, {})
     found = find_source(given)
     contents = read_contents(found.path)
     ours = our_metadata(contents.metadata, found.path)
-    told = {**found.told, **contents.told} if ours is None else ours["architecture"]
-    return _Piece(str(given), contents.tensors, told)
+    if ours is not None:
+        return _Piece(str(given), contents.tensors, ours["architecture"], {})
+    return _Piece(str(given), contents.tensors, contents.told, found.told)
 
 
 def _check_told(piece: _Piece, base: Architecture, tower: str) -> None:
-    """Refuse a tower that computes otherwise than its place in the full CLIP does; its shapes do not show it.
+    """Refuse a tower, of the right shapes, that computes otherwise than its place in the full CLIP does.
 
-    What a configuration says is not believed if it has other sizes, which then are another model's.
+    A configuration beside it is believed only if it tells this tower's sizes: another's is of another model.
     """
     own = base.as_dict()
-    sizes = (f"{tower}_width", f"{tower}_layers", f"{tower}_mlp_width")
-    if any(piece.told.get(name, own[name]) != own[name] for name in sizes):
-        return
+    sizes = [name for name in (f"{tower}_width", f"{tower}_layers", f"{tower}_mlp_width") if name in piece.beside]
+    believed = bool(sizes) and all(piece.beside[name] == own[name] for name in sizes)
+    told = {**(piece.beside if believed else {}), **piece.told}
     for name, words in ((f"{tower}_heads", "attention heads"), ("activation", "as activation")):
-        if piece.told.get(name, own[name]) != own[name]:
+        if told.get(name, own[name]) != own[name]:
             raise UserError(
-                f"{piece.source} has {one_line(piece.told[name], 60)} {words}, the full CLIP {own[name]}; together "
+                f"{piece.source} has {one_line(told[name], 60)} {words}, the full CLIP {own[name]}; together "
                 "they would compute something else. Use a full CLIP of the same kind."
             )
 
