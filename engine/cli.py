@@ -76,21 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     fold.add_argument("input", metavar="IN.safetensors")
     fold.add_argument("output", metavar="OUT.safetensors")
 
-    export = command("export", _export, "Write a model for other programs: its text encoder, or --format.")
-    export.add_argument("input", metavar="IN")
-    export.add_argument("output", metavar="OUT", help="a .safetensors file; for huggingface, a new folder")
-    export.add_argument(
-        "--format", choices=_EXPORTS, default="text",
-        help="text: for ComfyUI, diffusers, Forge and kohya (default). vision: for ComfyUI's Load CLIP Vision. openai: "
-        "both towers, plain. gmp: both, in GmP form. huggingface: a folder for transformers. lora: what the text tower "
-        "has over --baseline's.",
-    )  # fmt: skip
-    export.add_argument(
-        "--dtype", choices=("fp16", "bf16", "fp32", "mixed"),
-        help="default: fp16 for text, vision and lora, else the model's own; mixed (openai, gmp): OpenAI's layout",
-    )  # fmt: skip
-    export.add_argument("--baseline", metavar="M", help="for lora: the model that this one was trained from")
-    export.add_argument("--rank", type=int, default=32, help="for lora: more keeps more (default: 32)")
+    _add_export(command("export", _export, "Write a model for other programs: its text encoder, or --format."))
 
     merge = command("merge", _merge, "Put a text or vision encoder, or both, into a full CLIP, which gives the rest.")
     merge.add_argument("--text", metavar="TE.safetensors", help="a text encoder or a checkpoint with one")
@@ -165,6 +151,23 @@ def _load(arguments: argparse.Namespace, place: str) -> ClipDataset:
     return load_dataset(
         place, arguments.caption_format, image_column=arguments.image_column, caption_column=arguments.caption_column
     )
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", metavar="IN")
+    parser.add_argument("output", metavar="OUT", help="a .safetensors file; for huggingface, a new folder")
+    parser.add_argument(
+        "--format", choices=_EXPORTS, default="text",
+        help="text: for ComfyUI, diffusers, Forge and kohya (default). vision: for ComfyUI's Load CLIP Vision. openai: "
+        "both towers, plain. gmp: both, in GmP form. huggingface: a folder for transformers. lora: what the text tower "
+        "has over --baseline's.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=("fp16", "bf16", "fp32", "mixed"),
+        help="default: fp16 for text, vision and lora, else the model's own; mixed (openai, gmp): OpenAI's layout",
+    )  # fmt: skip
+    parser.add_argument("--baseline", metavar="M", help="for lora: the model that this one was trained from")
+    parser.add_argument("--rank", type=int, default=32, help="for lora: more keeps more (default: 32)")
 
 
 # ---- train -----------------------------------------------------------------------------------------------------------
