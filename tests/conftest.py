@@ -44,6 +44,16 @@ def comfyui():
         yield server
 
 
+@pytest.fixture(autouse=True)
+def small_outputs(request):
+    """What a test of the shared server wrote is gone after it, if it is large: models would fill the disk."""
+    yield
+    if "comfyui" in request.fixturenames:
+        for file in (request.getfixturevalue("comfyui").base / "output").rglob("*"):
+            if file.is_file() and file.stat().st_size > 20e6:
+                file.unlink()
+
+
 @pytest.fixture(scope="session")
 def browser_page(comfyui):
     if find_browser() is None:

@@ -1,6 +1,7 @@
 """ComfyUI's own encoders and ours give the same features for the same files, in fp32."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -130,7 +131,8 @@ def kinds(tmp_path_factory):
     layer = "lora_te1_text_model_encoder_layers_3_mlp_fc2"
     save_file({f"{layer}.{name}": tensor for name, tensor in tensors.items()}, folder / "lora.safetensors")
     said, _ = in_comfyui(KINDS, encoder, folder / "lora.safetensors", swap, folder)
-    return folder, load_file(encoder), load_file(swap), 0.5 * up @ down, said
+    yield folder, load_file(encoder), load_file(swap), 0.5 * up @ down, said
+    shutil.rmtree(folder)  # 4 GB
 
 
 @pytest.mark.parametrize("kind", ["SD1.5", "SDXL", "SD3", "Flux", "HunyuanVideo"])

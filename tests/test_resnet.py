@@ -242,15 +242,15 @@ def test_the_features_are_open_clips_in_training_mode_too(model):
 
 
 def same_features(model, theirs, size):
-    ours = build_network(model)
+    ours, theirs = build_network(model, dtype=torch.float64), theirs.double()
     assert ours.training and not any(isinstance(module, torch.nn.BatchNorm2d) for module in ours.modules())
-    images, tokens = torch.randn(2, 3, size, size), torch.randint(1, 49405, (2, 77))
+    images, tokens = torch.randn(2, 3, size, size, dtype=torch.float64), torch.randint(1, 49405, (2, 77))
     with torch.no_grad():
         expected = theirs.encode_image(images)
         assert expected.std() > 0.01
-        torch.testing.assert_close(ours.encode_image(images), expected, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(ours.eval().encode_image(images), expected, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(ours.encode_text(tokens), theirs.encode_text(tokens), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours.encode_image(images), expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(ours.eval().encode_image(images), expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(ours.encode_text(tokens), theirs.encode_text(tokens), rtol=1e-10, atol=1e-12)
 
 
 def test_a_resnet_goes_to_gmp_and_back_with_the_same_bits(tmp_path):

@@ -1,4 +1,5 @@
-"""A FullCLIP as a network that runs: open_clip's CLIP with this model's weights."""
+"""A FullCLIP as a network that runs: open_clip's CLIP with this model's weights, and a forward pass that computes only
+what the features depend on."""
 
 from __future__ import annotations
 
@@ -19,11 +20,12 @@ from .resnet import STAGES, feature_width
 def build_network(full_clip: FullCLIP, *, device="cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
     """An `open_clip.CLIP` holding copies of the weights in `dtype`, in training mode, every parameter with gradients.
 
-    It has `encode_image` (pictures [n, 3, size, size], normalised), `encode_text` (int64 tokens [n, context]) and
-    `logit_scale`. A model in GmP form gets `GmPLinear` layers, so its parameters bear the names in the file. A ResNet's
-    BatchNorm layers are `StoredNorm`s, whose statistics are buffers under the names in the file.
+    It has `encode_image` (pictures [n, 3, size, size], normalised, in `dtype`), `encode_text` (int64 tokens [n, t],
+    t up to the context; zeros behind a text's end may be left out) and `logit_scale`. A model in GmP form gets
+    `GmPLinear` layers, so its parameters bear the names in the file. A ResNet's BatchNorm layers are `StoredNorm`s,
+    whose statistics are buffers under the names in the file.
     """
-    network = _skeleton(full_clip.architecture, device="meta")
+    network = skeleton(full_clip.architecture, device="meta")
     if full_clip.parameterization == "gmp":
         for layer in [name for name in full_clip.state_dict if name.endswith(".theta")]:
             block = network.get_submodule(layer.rsplit(".", 2)[0])
@@ -35,13 +37,17 @@ def build_network(full_clip: FullCLIP, *, device="cpu", dtype: torch.dtype = tor
             name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in full_clip.state_dict.items()
         }
     network.load_state_dict(weights, strict=True, assign=True)
-    mask = torch.full((network.context_length, network.context_length), float("-inf"), device=device, dtype=dtype)
-    network.attn_mask = mask.triu_(1)
+    network.attn_mask = causal_mask(network.context_length, device, dtype)
     return network.train().requires_grad_(True)
 
 
-def _skeleton(architecture: Architecture, device: str) -> nn.Module:
-    """open_clip's network as it initialises it; on the meta device without weights, so that none are drawn in vain."""
+def causal_mask(length: int, device, dtype: torch.dtype) -> Tensor:
+    """What open_clip's own blocks add to the scores [length, length]; the forward pass here needs none."""
+    return torch.full((length, length), float("-inf"), device=device, dtype=dtype).triu_(1)
+
+
+def skeleton(architecture: Architecture, device: str) -> nn.Module:
+    """The network as open_clip initialises it; on the meta device without weights, so that none are drawn in vain."""
     import open_clip
 
     a = architecture
@@ -63,12 +69,98 @@ def _skeleton(architecture: Architecture, device: str) -> nn.Module:
         mlp_ratio=_ratio(a.text_mlp_width, a.text_width),
     )
     with torch.device(device):
-        network = open_clip.CLIP(a.embed_dim, vision, text, quick_gelu=a.activation == "quick_gelu")
+        network = _network_class()(a.embed_dim, vision, text, quick_gelu=a.activation == "quick_gelu")
     for name, module in list(network.named_modules()):
+        parent, _, child = name.rpartition(".")
         if isinstance(module, nn.BatchNorm2d):
-            parent, _, child = name.rpartition(".")
             setattr(network.get_submodule(parent), child, StoredNorm(module))
+        elif isinstance(module, open_clip.transformer.QuickGELU):
+            setattr(network.get_submodule(parent), child, QuickGELU())
     return network
+
+
+@functools.cache
+def _network_class() -> type[nn.Module]:
+    """open_clip takes seconds to import, so it is imported when the first network is built."""
+    import open_clip
+
+    class CLIP(open_clip.CLIP):
+        """open_clip's CLIP, whose features it gives, at a share of the cost (see `_block`)."""
+
+        def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+            visual = self.visual
+            if not hasattr(visual, "transformer"):  # a ResNet
+                return super().encode_image(image, normalize)
+            states = visual._embeds(image)
+            pooled = _run_blocks(visual.transformer, states, torch.zeros_like(states[:, 0, 0], dtype=torch.int64))
+            features = visual.ln_post(pooled) @ visual.proj
+            return F.normalize(features, dim=-1) if normalize else features
+
+        def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+            states = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
+            # The end token has the highest number.
+            pooled = _run_blocks(self.transformer, states, text.argmax(dim=1), causal=True)
+            features = self.ln_final(pooled) @ self.text_projection
+            return F.normalize(features, dim=-1) if normalize else features
+
+    return CLIP
+
+
+# ---- the forward pass ------------------------------------------------------------------------------------------------
+
+
+def _run_blocks(transformer: nn.Module, states_ntd: Tensor, pooled_n: Tensor, causal: bool = False) -> Tensor:
+    """What stands [n, d] at the positions `pooled_n` after all blocks."""
+    *blocks, last = transformer.resblocks
+    for block in blocks:
+        states_ntd = _run(transformer, block, states_ntd, causal)
+    return _run(transformer, last, states_ntd, causal, pooled_n)
+
+
+def _run(transformer: nn.Module, block: nn.Module, *inputs) -> Tensor:
+    run = getattr(transformer, "compiled_block", _block)
+    if transformer.grad_checkpointing and torch.is_grad_enabled():
+        return checkpoint(run, block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return run(block, *inputs)
+
+
+def _block(block: nn.Module, states: Tensor, causal: bool, pooled: Tensor | None = None) -> Tensor:
+    """One residual block, states [n, t, d] → [n, t, d]; with `pooled` [n] only the states at those positions, [n, d].
+
+    The features depend on one position after the last block, so that there only keys and values are needed of the
+    others. A causal block never looks behind a text's end, so the zeros there can be left out. Both are exact.
+    """
+    attention, normed = block.attn, block.ln_1(states)
+    weight, bias, heads = attention.in_proj_weight, attention.in_proj_bias, attention.num_heads
+    if pooled is None:
+        queries, keys, values = _heads(F.linear(normed, weight, bias), 3, heads)
+        found = F.scaled_dot_product_attention(queries, keys, values, is_causal=causal)
+    else:
+        width = states.shape[-1]
+        rows = torch.arange(len(states), device=states.device)
+        states = states[rows, pooled].unsqueeze(1)
+        (queries,) = _heads(F.linear(normed[rows, pooled].unsqueeze(1), weight[:width], bias[:width]), 1, heads)
+        keys, values = _heads(F.linear(normed, weight[width:], bias[width:]), 2, heads)
+        seen = torch.arange(normed.shape[1], device=states.device) <= pooled[:, None] if causal else None
+        found = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=None if seen is None else seen[:, None, None]
+        )
+    states = states + attention.out_proj(found.transpose(1, 2).flatten(2))
+    states = states + block.mlp(block.ln_2(states))
+    return states if pooled is None else states.squeeze(1)
+
+
+def _heads(packed: Tensor, count: int, heads: int) -> tuple[Tensor, ...]:
+    """`count` tensors [n, heads, t, d / heads] of [n, t, count · d]."""
+    return packed.unflatten(-1, (count, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class QuickGELU(nn.Module):
+    """x · sigmoid(1.702 x) as SiLU(1.702 x) / 1.702, which keeps one tensor for backward and overwrites its input: a
+    linear layer does not need its output again."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.silu(inputs.mul_(1.702)).div_(1.702)
 
 
 def _ratio(mlp_width: int, width: int) -> float:
@@ -106,5 +198,5 @@ def random_full_clip(architecture: Architecture, seed: int) -> FullCLIP:
     """A new model with open_clip's own initialisation (float32), a function of the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _skeleton(architecture, device="cpu")
+        network = skeleton(architecture, device="cpu")
     return FullCLIP(architecture, network.state_dict(), {"source": f"initialised at random, seed {seed}"})
