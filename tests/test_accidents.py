@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -42,9 +43,13 @@ def command(place, out, *more):
 
 
 def steps_of(folder):
+    return [line["step"] for line in metrics_of(folder)]
+
+
+def metrics_of(folder):
     file = folder / "metrics.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    return [line["step"] for line in lines if line["kind"] == "step"]
+    return [line for line in lines if line["kind"] == "step"]
 
 
 def identical(one, other):
@@ -53,7 +58,7 @@ def identical(one, other):
 
 
 def run(place, folder, data="colours", **options):
-    hooks = {name: options.pop(name) for name in ("on_progress", "check_cancelled") if name in options}
+    hooks = {name: options.pop(name) for name in ("on_progress", "on_note", "check_cancelled") if name in options}
     model, config = random_clip(), TrainConfig(**(QUICK | options))
     return train(model, load_dataset(place / data), None, config, run_folder=folder, device="cpu", **hooks)
 
@@ -208,12 +213,17 @@ from pathlib import Path
 
 def limit():
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 150 * 2**20, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[3]) * 2**20, resource.RLIM_INFINITY))
     limit.__code__ = (lambda: None).__code__  # once
 
-place = Path(sys.argv[2])
+def heard(note):
+    print(note)
+    if sys.argv[4] in note:  # what comes later, such as the saving, has memory again
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+place, crowd = Path(sys.argv[2]), dict(batch_size=512, micro_batch=512)
 try:
-    here.run(place, place / "memory", "crowd", check_cancelled=limit, batch_size=512, micro_batch=512)
+    here.run(place, place / "memory", "crowd", check_cancelled=limit, on_note=heard, **crowd)
 except UserError as error:
     print(error)
 """
@@ -223,20 +233,50 @@ class Stop(BaseException):
     pass
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
-def test_a_step_that_finds_no_memory_names_the_widget_and_the_run_goes_on_with_it_turned(place):
-    """512 pairs at once take about 490 MB, where there are 150."""
-    labels_folder(place / "crowd", 512)
+@pytest.fixture
+def begun(place):
+    """A run of three steps of 512 pairs that was stopped after the first."""
+    if not (place / "crowd").is_dir():
+        labels_folder(place / "crowd", 512)
+    shutil.rmtree(place / "memory", ignore_errors=True)
 
     def stop(progress):
         raise Stop
 
     with pytest.raises(Stop):
         run(place, place / "memory", "crowd", batch_size=512, micro_batch=32, on_progress=stop)
+
+
+def with_little_memory(place, megabytes, until="never") -> str:
+    """What the run says that goes on with so much memory more than it has, until it says `until`."""
     done = subprocess.run(
-        [sys.executable, "-c", _WITH_LITTLE_MEMORY, str(TESTS), str(place)], capture_output=True, text=True
+        [sys.executable, "-c", _WITH_LITTLE_MEMORY, str(TESTS), str(place), str(megabytes), until],
+        capture_output=True, text=True,
     )  # fmt: skip
-    assert "not enough memory for step 2. Set micro_batch to 256 (it was 512)" in done.stdout, done
+    assert not done.returncode, done
+    return done.stdout
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
+
+
+@linux
+def test_a_step_that_finds_too_little_memory_is_done_in_smaller_parts(place, begun):
+    """512 pairs at once take about 400 MB, where there are 150."""
+    said = with_little_memory(place, 150, until="pairs at once")
+    assert "does not hold 512 pairs at once; the training goes on with micro_batch 256" in said, said
+    assert steps_of(place / "memory") == [1, 2, 3]
+    parts = [line["micro_batch"] for line in metrics_of(place / "memory")]
+    assert parts[0] == 32 and parts[1] == parts[2] < 512
+    whole = run(place, place / "whole", "crowd", batch_size=512, micro_batch=32)
+    losses = [[line["loss"] for line in metrics_of(folder)] for folder in (place / "memory", whole.run_folder)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@linux
+def test_a_step_that_finds_no_memory_names_the_widget_and_the_run_goes_on_with_it_turned(place, begun):
+    said = with_little_memory(place, 8)
+    assert re.search(r"not enough memory for step 2\. Set .*, switch on activation_checkpointing", said), said
     assert json.loads((place / "memory" / "last.json").read_text())["step"] == 1
     result = run(place, place / "memory", "crowd", batch_size=512, micro_batch=32)
     assert any("goes on from step 1" in note for note in result.notes) and result.run_folder.name == "memory"

@@ -1,7 +1,6 @@
 """CLIPs whose vision tower is a ResNet, against open_clip's own and through a whole training."""
 
 import dataclasses
-import functools
 import json
 import math
 
@@ -30,6 +29,7 @@ from clip_finetune.engine.clip.files import same_bits
 from clip_finetune.engine.clip.full_clip import METADATA_KEY
 from clip_finetune.engine.clip.network import StoredNorm
 from clip_finetune.engine.clip.resnet import resnet_values
+from clip_finetune.engine.train import weights
 from clip_finetune.engine.train.compute import choose_micro_batch
 from clip_finetune.engine.train.gradients import GradientMeter
 from clip_finetune.engine.train.optimizers import build_optimizer, group_table, parameter_groups, set_learning_rates
@@ -393,10 +393,8 @@ def test_the_statistics_keep_the_bits_of_the_dtype_they_were_stored_in(data, tmp
 @pytest.mark.parametrize("gmp", [False, True])
 def test_the_gradient_of_a_resnet_does_not_depend_on_the_micro_batch(model, data, tmp_path, monkeypatch, gmp):
     """In float64, on the path of a training: from the pictures' files to the gradients that the optimizer gets."""
-    from clip_finetune.engine.train import trainer
-
-    monkeypatch.setattr(trainer, "build_network", functools.partial(trainer.build_network, dtype=torch.float64))
-    measure = trainer.GradientMeter.measure
+    monkeypatch.setattr(weights, "MASTERS", torch.float64)
+    measure = GradientMeter.measure
     seen = {}
 
     def gradients(micro_batch):
@@ -404,7 +402,7 @@ def test_the_gradient_of_a_resnet_does_not_depend_on_the_micro_batch(model, data
             seen.setdefault(micro_batch, [parameter.grad.clone() for parameter, _ in meter.members])
             return measure(meter)
 
-        monkeypatch.setattr(trainer.GradientMeter, "measure", kept)
+        monkeypatch.setattr(GradientMeter, "measure", kept)
         run(model, data, tmp_path / f"run_{micro_batch}", batch_size=12, micro_batch=micro_batch, epochs=1, gmp=gmp)
         return seen[micro_batch]
 

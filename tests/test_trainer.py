@@ -1,6 +1,5 @@
 """Runs: what they learn, what they keep, and what comes of stopping them."""
 
-import functools
 import itertools
 import json
 import math
@@ -15,11 +14,13 @@ from safetensors.torch import load_file
 
 from clip_finetune.engine import TrainConfig, UserError, load_dataset, load_full_clip, to_gmp, train
 from clip_finetune.engine.clip.files import same_bits
+from clip_finetune.engine.train import weights
 from clip_finetune.engine.train.compute import choose_micro_batch
+from clip_finetune.engine.train.gradients import GradientMeter
 from clip_finetune.engine.train.losses import LOSSES
 from clip_finetune.engine.train.parts import part_of
 from clip_finetune.engine.train.schedules import SCHEDULES
-from clip_finetune.engine.train.trainer import MAX_LOGIT_SCALE
+from clip_finetune.engine.train.step import MAX_LOGIT_SCALE, TrainingStep
 
 QUICK = dict(epochs=3, learning_rate=1e-3, batch_size=4, precision="fp32")
 
@@ -222,10 +223,8 @@ def test_a_stopped_run_says_that_its_state_is_saved(model, data, tmp_path):
 @pytest.mark.parametrize("gmp", [False, True])
 def test_the_gradients_of_a_run_do_not_depend_on_its_micro_batch(model, data, tmp_path, monkeypatch, gmp):
     """In float64, on the path of a training: from the pictures' files to the gradients that the optimizer gets."""
-    from clip_finetune.engine.train import trainer
-
-    monkeypatch.setattr(trainer, "build_network", functools.partial(trainer.build_network, dtype=torch.float64))
-    measure = trainer.GradientMeter.measure
+    monkeypatch.setattr(weights, "MASTERS", torch.float64)
+    measure = GradientMeter.measure
     seen = {}
 
     def gradients(micro_batch):
@@ -233,7 +232,7 @@ def test_the_gradients_of_a_run_do_not_depend_on_its_micro_batch(model, data, tm
             seen.setdefault(micro_batch, [parameter.grad.clone() for parameter, _ in meter.members])
             return measure(meter)
 
-        monkeypatch.setattr(trainer.GradientMeter, "measure", kept)
+        monkeypatch.setattr(GradientMeter, "measure", kept)
         run(model, data, tmp_path / f"run_{micro_batch}", batch_size=12, micro_batch=micro_batch, epochs=1, gmp=gmp)
         return seen[micro_batch]
 
@@ -606,18 +605,18 @@ def test_weights_that_are_not_finite_are_never_saved(model, data, tmp_path, monk
     """Broken between two steps, by something that no gradient tells of."""
     from clip_finetune.engine.train import trainer
 
-    build, networks = trainer.build_network, []
+    made = []
 
     def kept(*arguments, **options):
-        networks.append(build(*arguments, **options))
-        return networks[0]
+        made.append(TrainingStep(*arguments, **options))
+        return made[0]
 
     def breaks(progress):
         if progress.step == 4:
-            networks[0].positional_embedding.data[0] = torch.inf
+            made[0].weights.masters["positional_embedding"].data[0] = torch.inf
             raise Stop
 
-    monkeypatch.setattr(trainer, "build_network", kept)
+    monkeypatch.setattr(trainer, "TrainingStep", kept)
     with pytest.raises(UserError, match="became infinite by step 4.*learning_rate"):
         run(model, data, tmp_path / "run", progress=breaks, save_every_steps=2)
     assert json.loads((tmp_path / "run" / "last.json").read_text())["step"] == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,25 +26,23 @@ def build_network(full_clip: FullCLIP, *, device="cpu", dtype: torch.dtype = tor
     `GmPLinear` layers, so its parameters bear the names in the file. A ResNet's BatchNorm layers are `StoredNorm`s,
     whose statistics are buffers under the names in the file.
     """
-    network = skeleton(full_clip.architecture, device="meta")
-    if full_clip.parameterization == "gmp":
-        for layer in [name for name in full_clip.state_dict if name.endswith(".theta")]:
-            block = network.get_submodule(layer.rsplit(".", 2)[0])
-            name = layer.rsplit(".", 2)[1]
-            out_features, in_features = full_clip.state_dict[layer].shape
-            setattr(block, name, GmPLinear(in_features, out_features, device="meta"))
-    with torch.no_grad():
-        weights = {
-            name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in full_clip.state_dict.items()
-        }
+    weights = {name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in full_clip.state_dict.items()}
+    return network_of(full_clip.architecture, weights).requires_grad_(True)
+
+
+def network_of(architecture: Architecture, weights: Mapping[str, Tensor]) -> nn.Module:
+    """As `build_network`, of these tensors themselves under the names of a file; parameters stay the objects that they
+    are."""
+    network = skeleton(architecture, device="meta")
+    for layer in [name.removesuffix(".theta") for name in weights if name.endswith(".theta")]:
+        parent, _, name = layer.rpartition(".")
+        out_features, in_features = weights[f"{layer}.theta"].shape
+        setattr(network.get_submodule(parent), name, GmPLinear(in_features, out_features, device="meta"))
     network.load_state_dict(weights, strict=True, assign=True)
-    network.attn_mask = causal_mask(network.context_length, device, dtype)
-    return network.train().requires_grad_(True)
-
-
-def causal_mask(length: int, device, dtype: torch.dtype) -> Tensor:
-    """What open_clip's own blocks add to the scores [length, length]; the forward pass here needs none."""
-    return torch.full((length, length), float("-inf"), device=device, dtype=dtype).triu_(1)
+    position = network.positional_embedding
+    mask = torch.full((len(position), len(position)), float("-inf"), device=position.device, dtype=position.dtype)
+    network.attn_mask = mask.triu_(1)  # for who calls open_clip's own blocks
+    return network.train()
 
 
 def skeleton(architecture: Architecture, device: str) -> nn.Module:
@@ -86,6 +85,11 @@ def _network_class() -> type[nn.Module]:
 
     class CLIP(open_clip.CLIP):
         """open_clip's CLIP, whose features it gives, at a share of the cost (see `_block`)."""
+
+        @property
+        def dtype(self) -> torch.dtype:
+            """In which it computes, and wants pictures."""
+            return self.positional_embedding.dtype
 
         def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
             visual = self.visual

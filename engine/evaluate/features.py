@@ -20,7 +20,7 @@ from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset
 from ..data.images import normalize
 from ..data.loader import Pictures, image_batches, in_threads
-from ..data.tokens import Tokenizer
+from ..data.tokens import Tokenizer, cut_to_longest
 from ..data.transform import Transform
 from ..errors import UserError
 
@@ -68,7 +68,7 @@ class Encoder:
         parts = []
         for start in range(0, len(texts), BATCH):
             self.check_cancelled()
-            tokens = self.tokenizer(texts[start : start + BATCH]).to(self.device)
+            tokens = cut_to_longest(self.tokenizer(texts[start : start + BATCH])).to(self.device)
             with torch.no_grad(), self.autocast():
                 parts.append(_unit(self.network.encode_text(tokens)))
         return torch.cat(parts)
@@ -80,7 +80,7 @@ class Encoder:
         for found, images_u8 in batches:
             self.check_cancelled()
             with torch.no_grad(), self.autocast():
-                parts.append(_unit(self.network.encode_image(normalize(images_u8.to(self.device)))))
+                parts.append(_unit(self.network.encode_image(normalize(images_u8.to(self.device), self.network.dtype))))
             indices += found
             self.on_progress(len(indices), total)
         return indices, torch.cat(parts) if parts else torch.zeros(0, 1)

@@ -12,13 +12,10 @@ _MODEL, _LOSS, _OPTIMIZER = "model.", "loss.", "optimizer."
 
 
 def pack(
-    network: nn.Module, loss: nn.Module, optimizer: torch.optim.Optimizer
+    model: Mapping[str, Tensor], loss: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """(tensors, and per parameter those entries of the optimizer's state that are numbers).
-
-    The statistics of a ResNet's BatchNorm, which are not parameters, are among the tensors.
-    """
-    tensors: dict[str, Tensor] = {f"{_MODEL}{name}": tensor for name, tensor in network.state_dict().items()}
+    """(tensors, and per parameter those entries of the optimizer's state that are numbers)."""
+    tensors: dict[str, Tensor] = {f"{_MODEL}{name}": tensor for name, tensor in model.items()}
     tensors |= {f"{_LOSS}{name}": tensor for name, tensor in loss.state_dict().items()}
     numbers: dict[str, dict[str, Any]] = {}
     for name, parameter in named_parameters(optimizer):
@@ -32,21 +29,21 @@ def pack(
 
 def unpack(
     tensors: Mapping[str, Tensor], numbers: Mapping[str, Mapping[str, Any]],
-    network: nn.Module, loss: nn.Module, optimizer: torch.optim.Optimizer,
+    model: Mapping[str, Tensor], loss: nn.Module, optimizer: torch.optim.Optimizer,
 ) -> None:  # fmt: skip
-    """Put what `pack` gave back into a freshly built training."""
+    """Put what `pack` gave back into a freshly built training, of the model into those tensors that are given."""
     with torch.no_grad():
-        for prefix, module in ((_MODEL, network), (_LOSS, loss)):
-            for name, tensor in module.state_dict().items():
+        for prefix, kept in ((_MODEL, model), (_LOSS, loss.state_dict())):
+            for name, tensor in kept.items():
                 tensor.copy_(tensors[prefix + name])
-    kept: dict[str, dict[str, Tensor]] = {}
+    states: dict[str, dict[str, Tensor]] = {}
     for name in tensors:
         if name.startswith(_OPTIMIZER):
             parameter_name, _, key = name.removeprefix(_OPTIMIZER).rpartition(".")
-            kept.setdefault(parameter_name, {})[key] = tensors[name]
+            states.setdefault(parameter_name, {})[key] = tensors[name]
     for name, parameter in named_parameters(optimizer):
         found: dict[str, Any] = dict(numbers.get(name, {}))
-        found |= {key: value.to(parameter.device, copy=True) for key, value in kept.get(name, {}).items()}
+        found |= {key: value.to(parameter.device, copy=True) for key, value in states.get(name, {}).items()}
         if found:
             optimizer.state[parameter] = found
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 
 from ..clip.architecture import Architecture
@@ -17,6 +15,8 @@ _KEPT_PER_VALUE, _KEPT_CHECKPOINTED = 20, 2
 # 40 MB, for 6.3 M values), and a quarter more for the workspaces of a graphics card's convolutions.
 _KEPT_OF_RESNET, _KEPT_OF_RESNET_CHECKPOINTED = 5, 2
 _CPU_BUDGET = 4e9
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(device: torch.device | str | None) -> torch.device:
@@ -43,13 +43,6 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "fp32"
-
-
-def autocast(precision: str, device: torch.device):
-    """A context that computes in this precision; fp32 (and float64 networks) compute as they are."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
 def choose_micro_batch(

@@ -17,11 +17,9 @@ import torch
 
 from ..clip.files import remove_parts, replacing
 from ..clip.full_clip import FullCLIP, load_full_clip, save_full_clip
-from ..clip.network import build_network, checkpoint_activations
 from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset
 from ..data.epochs import Epochs, with_template
-from ..data.images import normalize
 from ..data.loader import Batch, TrainLoader
 from ..data.tokens import Tokenizer
 from ..errors import UserError
@@ -29,18 +27,11 @@ from ..evaluate.features import BrokenModel, Encoder, with_trained_transform
 from ..evaluate.retrieval import retrieval_of
 from ..report.charts import loss_chart
 from ..report.tables import table
-from . import checkpoints
-from .compute import autocast, choose_micro_batch, out_of_memory, resolve_device, resolve_precision
+from .compute import out_of_memory, resolve_device, resolve_precision
 from .config import TrainConfig
 from .description import describe_run
-from .freezing import stage_at, trains_at_all, trains_in_stage
-from .gradients import GradientMeter
-from .large_batch import Side, batch_gradients
-from .losses import LOSSES, positive_pairs
+from .freezing import stage_at
 from .metrics import PendingSteps
-from .neurons import parse_neurons, scale_neurons
-from .optimizers import build_optimizer, forget_steps, group_table, parameter_groups, set_learning_rates
-from .parts import SCALARS
 from .preparation import (
     caption_policy_of,
     check_settings,
@@ -53,9 +44,7 @@ from .preparation import (
 from .profile import Profile
 from .results import Notes, Progress, TrainResult
 from .run_folder import RunFolder, claim_run_folder
-from .schedules import SCHEDULES
-
-MAX_LOGIT_SCALE = math.log(100)
+from .step import TrainingStep
 
 
 def train(
@@ -111,8 +100,7 @@ def train(
 
 
 class Training:
-    """One run at work. `step` counts optimizer steps done; `whole` is false while weights and step do not belong
-    together."""
+    """One run at work: its folder, its numbers, and `work`, which does the steps. `step` counts those done."""
 
     def __init__(
         self, model, train_set, validation, config, run, batch_size, steps_per_epoch, device, notes, cache_folder,
@@ -133,12 +121,10 @@ class Training:
         self.steps_per_epoch: int = steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
         self.validate_every = config.validate_every or self.steps_per_epoch
-        self.micro_batch = config.micro_batch
         self.step = 0
         self.stage: int | None = None
         self.validated: int | None = None  # the step whose validation is in the metrics
         self.best: dict[str, float] | None = None
-        self.whole = True
         self.saved_step: int | None = None
         self.steps: list[dict[str, Any]] = []
         self.validations: list[dict[str, Any]] = []
@@ -170,7 +156,7 @@ class Training:
                 self._keep_what_is_whole()
                 raise
             traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
-            self.optimizer.zero_grad(set_to_none=True)
+            self.work.optimizer.zero_grad(set_to_none=True)
             # Saving may find no memory either, which torch says by a RuntimeError; the sentence tells what is saved.
             with contextlib.suppress(UserError, MemoryError, RuntimeError):
                 self._keep_what_is_whole()
@@ -192,7 +178,7 @@ class Training:
                 self._settle()
                 return
             self.check_cancelled()
-            self._enter_stage(stage_at(self.step, self.total_steps, self.config.unfreeze_stages))
+            self._tell_stage()
             with self.profile("data"):
                 _, batch = next(batches)
             self._train_step(batch)
@@ -207,93 +193,20 @@ class Training:
                 last_save = time.monotonic()
                 self.pending.skip_time()
 
-    # ---- one step --------------------------------------------------------------------------------------------------
-
     def _train_step(self, batch: Batch) -> None:
-        config, timed = self.config, self.profile
-        factor = SCHEDULES[config.schedule](self.step, self.total_steps, config.warmup, config.floor)
-        rates = set_learning_rates(self.optimizer, config.learning_rate, factor)
-        self.optimizer.zero_grad(set_to_none=True)
-        positives = positive_pairs(batch.originals, batch.texts).to(self.device)
-        logit_scale = self.network.logit_scale
-        shown_scale = logit_scale.detach().exp()
-        sides = (Side(self._encode_images, batch.images, self.trains_vision),
-                 Side(self._encode_texts, batch.tokens, self.trains_text))  # fmt: skip
-        if self.step == 0 and hasattr(self.loss, "begin"):
-            features = [side.features(self.micro_batch, self.check_cancelled) for side in sides]
-            self.loss.begin(*features, logit_scale, positives)
-        loss = batch_gradients(
-            sides,
-            lambda images, texts: self.loss(images, texts, logit_scale, positives),
-            micro_batch=self.micro_batch,
-            loss_factor=self.scaler.get_scale() if self.scaler.is_enabled() else 1.0,
-            check_cancelled=self.check_cancelled,
-            timed=timed,
-        )  # fmt: skip
-        self.whole = False
-        with timed("optimizer"):
-            finite, norms = self._optimizer_step(loss)
+        outcome = self.work(batch, self.step)
         record = {
             "kind": "step",
             "step": self.step + 1,
             "epoch": round((self.step + 1) / self.steps_per_epoch, 6),
-            "learning_rate": rates,
-            "micro_batch": min(self.micro_batch, len(batch.images)),
+            "learning_rate": outcome.rates,
+            "micro_batch": min(self.work.micro_batch, len(batch.images)),
             "pairs": len(batch.images),
         }
-        self.pending.add(record, loss, shown_scale, finite, norms)
+        self.pending.add(record, outcome.loss, outcome.logit_scale, outcome.finite, outcome.norms)
         self.step += 1
         self.profile.steps += 1
-        self.whole = True
-
-    def _optimizer_step(self, loss: torch.Tensor):
-        """(a bool tensor: the weights moved, or all is still as before a step that was not finite; the norms before
-        clipping). Once a step is not finite, none after it moves the weights, until the host finds out and stops."""
-        self.scaler.unscale_(self.optimizer)
-        norms = self.meter.measure()
-        if self.config.max_grad_norm:
-            self.meter.clip(norms, self.config.max_grad_norm)
-        # Under fp16 an infinite gradient is how the scaler finds its scale: it skips such a step and goes on.
-        finite = torch.isfinite(loss) if self.scaler.is_enabled() else torch.isfinite(loss) & norms.total.isfinite()
-        self.broken.copy_(torch.maximum(self.broken, (~finite).float()))
-        finite = self.broken == 0
-        if self.scaler.is_enabled():
-            if bool(norms.total.isfinite() & finite):
-                self.optimizer.step()
-            self.scaler.update()
-        else:
-            self.optimizer.found_inf = self.broken
-            self.optimizer.step()
-        if self.network.logit_scale.requires_grad:
-            with torch.no_grad():
-                self.network.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-        return finite, norms
-
-    def _encode_images(self, images_u8: torch.Tensor) -> torch.Tensor:
-        images = normalize(images_u8.to(self.device, non_blocking=True), self.network.logit_scale.dtype)
-        with autocast(self.precision if self.trains_vision else self.frozen_precision, self.device):
-            return self.network.encode_image(images)
-
-    def _encode_texts(self, tokens: torch.Tensor) -> torch.Tensor:
-        with autocast(self.precision if self.trains_text else self.frozen_precision, self.device):
-            return self.network.encode_text(tokens.to(self.device, non_blocking=True))
-
-    def _enter_stage(self, stage: int) -> None:
-        """Let exactly those parameters have gradients that this stage trains."""
-        if stage == self.stage:
-            return
-        self._settle()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.stage, stages = stage, self.config.unfreeze_stages
-        for name, parameter in self.trained.items():
-            parameter.requires_grad_(trains_in_stage(name, self.model.architecture, stage, stages))
-        self.trains_vision, self.trains_text = (
-            any(p.requires_grad for name, p in self.trained.items() if name.startswith("visual.") == vision
-                and name not in SCALARS)
-            for vision in (True, False)
-        )  # fmt: skip
-        if stages > 1:
-            self.notes.append(f"Stage {stage + 1} of {stages} of unfreezing, from step {self.step + 1}.")
+        self.work.whole = True
 
     # ---- numbers ---------------------------------------------------------------------------------------------------
 
@@ -304,23 +217,21 @@ class Training:
         good = [step for step in taken if step.finite]
         lines = []
         for step in good:
-            by_group = zip(self.meter.groups, step.by_group, strict=True)
+            by_group = zip(self.work.meter.groups, step.by_group, strict=True)
             norms = {name: float(f"{norm:.4g}") for name, norm in by_group if norm and math.isfinite(norm)}
             # Under fp16: the scaler skipped this step, and JSON knows no infinity.
             skipped = {} if math.isfinite(step.grad_norm) else {"grad_norm": None, "skipped": True}
             lines.append(step.record | {"grad_norms": norms} | skipped)
-            self.notes.extend(self.meter.warnings(step.by_layer))
+            self.notes.extend(self.work.meter.warnings(step.by_layer))
         self._log(lines)
         if len(good) == len(taken):
             return
-        if not self.scaler.is_enabled():
-            forget_steps(self.optimizer, len(taken) - len(good))
+        self.work.forget(len(taken) - len(good))
         self.step -= len(taken) - len(good)
-        self.broken.zero_()
         bad = taken[len(good)]
         what = f"the loss became {bad.loss}"
         if math.isfinite(bad.loss):
-            what = f"the gradient became {bad.grad_norm}, {self.meter.broken_place(bad.by_layer)}"
+            what = f"the gradient became {bad.grad_norm}, {self.work.meter.broken_place(bad.by_layer)}"
         raise UserError(
             f"The training stopped at step {bad.record['step']} because {what}."
             + (f" The weights from before that step are kept in {self.folder.path}." if self.step else "")
@@ -351,17 +262,17 @@ class Training:
         return self.step % self.validate_every == 0 or self.step >= self.total_steps
 
     def _validate(self) -> None:
-        self.network.eval()
+        self.work.network.eval()
         encoder = Encoder(
-            self.network, self.transform.without_chance, self.tokenizer, self.device, cache=self.cache,
-            autocast=lambda: autocast(self.frozen_precision, self.device), check_cancelled=self.check_cancelled,
+            self.work.network, self.transform.without_chance, self.tokenizer, self.device, cache=self.cache,
+            check_cancelled=self.check_cancelled,
         )  # fmt: skip
         try:
             measured = retrieval_of(encoder, self.validation)
         except BrokenModel as error:
             raise UserError(f"The validation at step {self.step} failed: {error} Try a lower learning_rate.") from error
         finally:
-            self.network.train()
+            self.work.network.train()
         self.notes.extend(measured.notes)
         record = {
             "kind": "validation",
@@ -385,12 +296,7 @@ class Training:
         """The weights as they are now; what did not train is the original's own."""
         if self.step == 0:
             return self.model
-        changed = {
-            name: parameter.detach().cpu().clone()
-            for name, parameter in self.trained.items()
-            if name in self.model.state_dict
-        }
-        return self.model.derive(changed, step=f"trained for {self.step} steps ({self.folder.path.name})")
+        return self.model.derive(self.work.changed(), step=f"trained for {self.step} steps ({self.folder.path.name})")
 
     def _write_best(self, validation: Mapping[str, float] | None) -> None:
         """`best.safetensors` says itself which step it is of, so that a crash cannot make the two differ."""
@@ -408,26 +314,24 @@ class Training:
         self._require_finite_weights()
         self._log([])
         self.folder.sync_metrics()
-        tensors, numbers = checkpoints.pack(self.network, self.loss, self.optimizer)
+        tensors, numbers = self.work.pack()
         epoch, position = divmod(self.step, self.steps_per_epoch)
         info = {
             "step": self.step,
             "total_steps": self.total_steps,
             "best": self.best,
-            "micro_batch": self.micro_batch,
             "metrics_bytes": self.folder.metrics_bytes(),
-            "optimizer": numbers,
             "schedule": {"name": self.config.schedule, "step": self.step, "warmup": self.config.warmup},
             # All randomness is a function of these, so there is no generator whose state would have to be kept.
             "sampler": {"seed": self.config.seed, "epoch": epoch, "position": position},
-            "scaler": self.scaler.state_dict(),
+            **numbers,
         }
         self.folder.save_state(self.step, tensors, info, self.config.keep_states)
         self.saved_step = self.step
         self._write_chart()
 
     def _require_finite_weights(self) -> None:
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.trained.values()):
+        if not self.work.finite_weights():
             raise UserError(
                 f"The weights became infinite by step {self.step}; they are not saved, and the last good state is kept "
                 f"in {self.folder.path}. Try a lower learning_rate."
@@ -435,7 +339,7 @@ class Training:
 
     def _keep_what_is_whole(self) -> None:
         """After whatever stopped the training: save it, unless that would save something half done."""
-        if not self.whole:
+        if not self.work.whole:
             return
         try:
             self._settle()
@@ -474,42 +378,34 @@ class Training:
         self._save()
 
     def _out_of_memory(self) -> UserError:
-        smaller = max(1, min(self.micro_batch, self.batch_size) // 2)
+        pairs = min(self.work.micro_batch, self.batch_size)
+        smaller = f"Set micro_batch to {max(1, pairs // 2)} (it was {pairs})" if pairs > 1 else "Set towers to text"
         more = "" if self.config.activation_checkpointing else ", switch on activation_checkpointing"
+        start = f"step {self.saved_step}" if self.saved_step else "its beginning"
         return UserError(
-            f"There was not enough memory for step {self.step + 1}. Set micro_batch to {smaller} (it was "
-            f"{min(self.micro_batch, self.batch_size)}){more}, or train one tower only; the run goes on from "
-            f"{'its beginning' if not self.saved_step else f'step {self.saved_step}'} and the result stays the same."
+            f"There was not enough memory for step {self.step + 1}. {smaller}{more}, or train one tower only; the run "
+            f"goes on from {start} and the result stays the same."
         )
 
     # ---- setting up ------------------------------------------------------------------------------------------------
 
     def _build(self) -> None:
-        config, architecture = self.config, self.model.architecture
+        architecture = self.model.architecture
         self.tokenizer = Tokenizer(architecture.context_length, architecture.vocab_size)
-        self.network = build_network(self.model, device=self.device)
-        scale_neurons(self.network, parse_neurons(config.scale_neurons, architecture))
-        self.loss = LOSSES[config.loss].make(config.temperature, config.label_smoothing).to(self.device)
-        # bf16 for a tower without gradients is slow on CPUs.
-        self.frozen_precision = "fp32" if self.device.type == "cpu" else self.precision
-        everything = [*self.network.named_parameters(), *self.loss.named_parameters()]
-        self.trained = {name: p for name, p in everything if trains_at_all(name, architecture, config)}
-        for name, parameter in everything:
-            parameter.requires_grad_(name in self.trained)
-        if not self.trained.keys() - SCALARS:
-            raise UserError("Everything is frozen, so there is nothing to train; freeze fewer blocks.")
-        if config.activation_checkpointing:
-            checkpoint_activations(self.network)
-        groups = parameter_groups(self.trained.items(), architecture, config)
-        self.optimizer = build_optimizer(config, groups)
-        self.meter = GradientMeter(groups, architecture)
-        self.group_rows = group_table(groups, config.learning_rate)
-        self.notes.append("What trains, and how fast:\n" + table(self.group_rows))
-        self.broken = torch.zeros((), device=self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.micro_batch = config.micro_batch or choose_micro_batch(
-            architecture, self.batch_size, self.precision, self.device, config.activation_checkpointing
-        )
+        self.work = TrainingStep(
+            self.model, self.config, device=self.device, precision=self.precision, batch_size=self.batch_size,
+            total_steps=self.total_steps, say=self.notes.append, check_cancelled=self.check_cancelled,
+            timed=self.profile,
+        )  # fmt: skip
+        self.notes.append("What trains, and how fast:\n" + table(self.work.group_rows))
+
+    def _tell_stage(self) -> None:
+        stages = self.config.unfreeze_stages
+        stage = stage_at(self.step, self.total_steps, stages)
+        if stages > 1 and stage != self.stage:
+            self._settle()
+            self.notes.append(f"Stage {stage + 1} of {stages} of unfreezing, from step {self.step + 1}.")
+        self.stage = stage
 
     def _open_pictures(self) -> None:
         """The loader and the cache of decoded pictures; raises `UserError` if too many of the pictures are broken."""
@@ -532,15 +428,11 @@ class Training:
             self.cache.close()
 
     def _restore(self, tensors: Mapping[str, torch.Tensor], info: Mapping[str, Any]) -> None:
-        checkpoints.unpack(tensors, info["optimizer"], self.network, self.loss, self.optimizer)
-        if info["scaler"] and self.scaler.is_enabled():
-            self.scaler.load_state_dict(info["scaler"])
+        self.work.unpack(tensors, info)
         self.step = self.saved_step = info["step"]
         self.best = self._best_of_the_file()
         if info["best"] and self.best is None:
             self.notes.append(f"{self.folder.best_file} was deleted; the best model is looked for anew from here.")
-        if not self.config.micro_batch:
-            self.micro_batch = info["micro_batch"]
         self.folder.cut_metrics(info["metrics_bytes"])
         self._read_metrics()
         if len(self.steps) < self.step:

@@ -1,0 +1,213 @@
+"""One optimizer step: forward, loss and backward of a batch in parts that fit in memory, then the optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..clip.full_clip import FullCLIP
+from ..clip.network import checkpoint_activations
+from ..data.images import normalize
+from ..data.loader import Batch
+from ..data.tokens import cut_to_longest
+from ..errors import UserError
+from . import checkpoints
+from .compute import DTYPES, choose_micro_batch, out_of_memory
+from .config import TrainConfig
+from .freezing import stage_at, trains_at_all, trains_in_stage
+from .gradients import GradientMeter, Norms
+from .large_batch import Side, batch_gradients
+from .losses import LOSSES, positive_pairs
+from .neurons import parse_neurons, scale_neurons
+from .optimizers import build_optimizer, forget_steps, group_table, parameter_groups, set_learning_rates
+from .parts import SCALARS
+from .schedules import SCHEDULES
+from .weights import TrainedWeights
+
+MAX_LOGIT_SCALE = math.log(100)
+
+
+class Outcome(NamedTuple):
+    """What a step gave, still on the device: the loss, exp(logit_scale) before the step, whether the weights moved, the
+    lengths of the gradients before clipping; and the rates by group."""
+
+    loss: Tensor
+    logit_scale: Tensor
+    finite: Tensor
+    norms: Norms
+    rates: dict[str, float]
+
+
+class TrainingStep:
+    """The model, loss and optimizer of a training, and what moves them. It knows no files.
+
+    `say` gets a sentence for the user, `check_cancelled` is called between micro-batches and may raise anything: the
+    weights are then as before the step. `timed` measures the parts of a step. `whole` is false from when the optimizer
+    begins to move the weights until the caller, who has counted the step, sets it. Raises `UserError` if nothing would
+    train.
+    """
+
+    def __init__(
+        self, model: FullCLIP, config: TrainConfig, *, device: torch.device, precision: str, batch_size: int,
+        total_steps: int, say: Callable[[str], None] = lambda note: None,
+        check_cancelled: Callable[[], None] = lambda: None,
+        timed: Callable[[str], contextlib.AbstractContextManager] = lambda part: contextlib.nullcontext(),
+    ):  # fmt: skip
+        self.model, self.config, self.device, self.total_steps = model, config, device, total_steps
+        self.say, self.check_cancelled, self.timed = say, check_cancelled, timed
+        self.whole = True
+        self.stage: int | None = None
+        architecture = model.architecture
+        self.weights = TrainedWeights(
+            model, lambda name: trains_at_all(name, architecture, config), device=device, dtype=DTYPES[precision]
+        )
+        self.network = self.weights.network
+        scale_neurons(self.network, parse_neurons(config.scale_neurons, architecture))
+        if config.activation_checkpointing:
+            checkpoint_activations(self.network)
+        self.loss = LOSSES[config.loss].make(config.temperature, config.label_smoothing).to(device)
+        self.trained = self.weights.masters | dict(self.loss.named_parameters())
+        if not self.trained.keys() - SCALARS:
+            raise UserError("Everything is frozen, so there is nothing to train; freeze fewer blocks.")
+        groups = parameter_groups(self.trained.items(), architecture, config)
+        self.optimizer = build_optimizer(config, groups)
+        self.meter = GradientMeter(groups, architecture)
+        self.group_rows = group_table(groups, config.learning_rate)
+        self.broken = torch.zeros((), device=device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.micro_batch = config.micro_batch or choose_micro_batch(
+            architecture, batch_size, precision, device, config.activation_checkpointing
+        )
+        self._enter_stage(0)
+
+    # ---- the step --------------------------------------------------------------------------------------------------
+
+    def __call__(self, batch: Batch, done: int) -> Outcome:
+        """The step after `done` others. Once a step is not finite, none after it moves the weights, until `forget`."""
+        config = self.config
+        self._enter_stage(stage_at(done, self.total_steps, config.unfreeze_stages))
+        factor = SCHEDULES[config.schedule](done, self.total_steps, config.warmup, config.floor)
+        rates = set_learning_rates(self.optimizer, config.learning_rate, factor)
+        shown_scale = self.network.logit_scale.detach().exp()
+        loss = self._gradients(batch, begins=done == 0)
+        self.whole = False
+        with self.timed("optimizer"):
+            finite, norms = self._move(loss)
+        return Outcome(loss, shown_scale, finite, norms, rates)
+
+    def _gradients(self, batch: Batch, *, begins: bool) -> Tensor:
+        """The loss; its gradients lie at the masters. What does not fit in memory is tried again in smaller parts."""
+        positives = positive_pairs(batch.originals, batch.texts).to(self.device, non_blocking=True)
+        logit_scale = self.network.logit_scale
+        sides = (Side(self._encode_images, batch.images, self.trains_vision),
+                 Side(self._encode_texts, cut_to_longest(batch.tokens), self.trains_text))  # fmt: skip
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                if begins and hasattr(self.loss, "begin"):
+                    features = [side.features(self.micro_batch, self.check_cancelled) for side in sides]
+                    self.loss.begin(*features, logit_scale, positives)
+                loss = batch_gradients(
+                    sides,
+                    lambda images, texts: self.loss(images, texts, logit_scale, positives),
+                    micro_batch=self.micro_batch,
+                    loss_factor=self.scaler.get_scale() if self.scaler.is_enabled() else 1.0,
+                    check_cancelled=self.check_cancelled,
+                    timed=self.timed,
+                )  # fmt: skip
+                self.weights.finish_gradients()
+                return loss
+            except (RuntimeError, MemoryError) as error:
+                parts = min(self.micro_batch, len(batch.images))
+                if not out_of_memory(error) or parts == 1:
+                    raise
+                traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.micro_batch = parts // 2
+            self.say(
+                f"The memory does not hold {parts} pairs at once; the training goes on with micro_batch "
+                f"{self.micro_batch}, which changes nothing but its speed."
+            )
+
+    def _move(self, loss: Tensor) -> tuple[Tensor, Norms]:
+        """(a bool tensor: the weights moved, or all is still as before a step that was not finite; the norms before
+        clipping)."""
+        self.scaler.unscale_(self.optimizer)
+        norms = self.meter.measure()
+        if self.config.max_grad_norm:
+            self.meter.clip(norms, self.config.max_grad_norm)
+        # Under fp16 an infinite gradient is how the scaler finds its scale: it skips such a step and goes on.
+        finite = torch.isfinite(loss) if self.scaler.is_enabled() else torch.isfinite(loss) & norms.total.isfinite()
+        self.broken.copy_(torch.maximum(self.broken, (~finite).float()))
+        finite = self.broken == 0
+        if self.scaler.is_enabled():
+            if bool(norms.total.isfinite() & finite):
+                self.optimizer.step()
+            self.scaler.update()
+        else:
+            self.optimizer.found_inf = self.broken
+            self.optimizer.step()
+        if self.network.logit_scale.requires_grad:
+            with torch.no_grad():
+                self.network.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        self.weights.refresh()
+        return finite, norms
+
+    def _encode_images(self, images_u8: Tensor) -> Tensor:
+        return self.network.encode_image(normalize(images_u8.to(self.device, non_blocking=True), self.network.dtype))
+
+    def _encode_texts(self, tokens: Tensor) -> Tensor:
+        return self.network.encode_text(tokens.to(self.device, non_blocking=True))
+
+    def _enter_stage(self, stage: int) -> None:
+        """Let exactly those parameters have gradients that this stage trains."""
+        if stage == self.stage:
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        self.stage, stages = stage, self.config.unfreeze_stages
+        architecture = self.model.architecture
+        self.weights.choose(lambda name: trains_in_stage(name, architecture, stage, stages))
+        self.trains_vision, self.trains_text = (
+            any(p.requires_grad for name, p in self.weights.masters.items() if name.startswith("visual.") == vision
+                and name not in SCALARS)
+            for vision in (True, False)
+        )  # fmt: skip
+
+    # ---- what is kept of it ----------------------------------------------------------------------------------------
+
+    def forget(self, steps: int) -> None:
+        """Take back the last steps, which did nothing because one was not finite."""
+        if not self.scaler.is_enabled():
+            forget_steps(self.optimizer, steps)
+        self.broken.zero_()
+
+    def finite_weights(self) -> bool:
+        return all(bool(torch.isfinite(parameter).all()) for parameter in self.trained.values())
+
+    def changed(self) -> dict[str, Tensor]:
+        """The trained tensors of the model as they are now, on the CPU."""
+        return {name: master.detach().cpu().clone() for name, master in self.weights.masters.items()}
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The state: named tensors, and plain numbers for `unpack`."""
+        tensors, numbers = checkpoints.pack(self.weights.tensors(), self.loss, self.optimizer)
+        return tensors, {
+            "optimizer": numbers, "scaler": self.scaler.state_dict(), "micro_batch": self.micro_batch,
+        }  # fmt: skip
+
+    def unpack(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Put what `pack` gave back into a freshly built step."""
+        checkpoints.unpack(tensors, numbers["optimizer"], self.weights.masters, self.loss, self.optimizer)
+        self.weights.refresh()
+        if numbers["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(numbers["scaler"])
+        if not self.config.micro_batch:
+            self.micro_batch = numbers["micro_batch"]
