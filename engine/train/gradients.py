@@ -60,6 +60,8 @@ class GradientMeter:
     def clip(self, norms: Norms, limit: float) -> None:
         """Shorten the whole gradient to `limit`, as torch's `clip_grad_norm_` does; longer ones only."""
         factor = (limit / (norms.total + 1e-6)).clamp(max=1.0)
+        if factor.device.type == "cpu" and factor == 1:  # elsewhere the host would wait to know it
+            return
         torch._foreach_mul_([parameter.grad for parameter, _ in self.members if parameter.grad is not None], factor)
 
     def _places(self, present: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,17 @@ MASTERS = torch.float32
 # As torch's `normalize`, so that a theta of zeros gives no NaN.
 _SHORTEST = 1e-12
 # Values of a layer that are worked on at once on a CPU, so that they are fetched from memory once.
-_BLOCK = 2**17
+_BLOCK = 2**18
+
+
+class _Fold(NamedTuple):
+    """A weight [out, in] of the network, its r [out, 1] and theta [out, in], and the lengths [out, 1] of theta's rows.
+    """
+
+    weight: nn.Parameter
+    r: nn.Parameter
+    theta: nn.Parameter
+    lengths: Tensor
 
 
 class TrainedWeights:
@@ -44,7 +55,7 @@ class TrainedWeights:
             if trains(name) and not name.endswith((".running_mean", ".running_var"))
         }
         self._copies: list[tuple[nn.Parameter, nn.Parameter]] = []  # the network's, the master
-        self._folds: list[tuple[nn.Parameter, nn.Parameter, nn.Parameter]] = []  # the network's, r, theta
+        self._folds: list[_Fold] = []
         plain = skeleton(model.architecture, device="meta")
         exact = {*SCALARS, *_of_stored_norms(plain)}
         weights = {}
@@ -53,8 +64,8 @@ class TrainedWeights:
         self.network = network_of(model.architecture, weights)
         for own, master in self._copies:
             own.register_post_accumulate_grad_hook(functools.partial(_give, master=master))
-        for own, _, theta in self._folds:
-            own.register_post_accumulate_grad_hook(functools.partial(_give, master=theta))
+        for fold in self._folds:
+            fold.weight.register_post_accumulate_grad_hook(functools.partial(_give, master=fold.theta))
         self.refresh()
         self.choose(lambda name: True)
 
@@ -64,7 +75,7 @@ class TrainedWeights:
         if f"{layer}.theta" in self.masters:
             r, theta = self.masters[f"{layer}.r"], self.masters[f"{layer}.theta"]
             own = nn.Parameter(torch.empty_like(theta, dtype=dtype))
-            self._folds.append((own, r, theta))
+            self._folds.append(_Fold(own, r, theta, torch.empty_like(r, requires_grad=False)))
             return own
         if f"{layer}.theta" in state:
             return gmp_to_weight(state[f"{layer}.r"], state[f"{layer}.theta"], dtype).to(device)
@@ -79,7 +90,9 @@ class TrainedWeights:
 
     def choose(self, trains: Callable[[str], bool]) -> None:
         """Let gradients reach the masters of these names alone; nothing else of the network ever has any."""
-        own = {id(master): own for own, master in self._copies} | {id(theta): own for own, _, theta in self._folds}
+        own = {id(master): own for own, master in self._copies} | {
+            id(fold.theta): fold.weight for fold in self._folds
+        }
         self.network.requires_grad_(False)
         for name, master in self.masters.items():
             master.requires_grad_(trains(name))
@@ -91,24 +104,25 @@ class TrainedWeights:
         """Give the network the masters' values; after each change of these."""
         if self._copies:
             torch._foreach_copy_(*map(list, zip(*self._copies, strict=True)))
-        for weight, r, theta in self._folds:
-            for rows in _row_blocks(theta):
-                lengths = theta[rows].norm(dim=1, keepdim=True).clamp_min(_SHORTEST)
-                weight[rows] = theta[rows] * (r[rows] / lengths)
+        for fold in self._folds:
+            for rows in _row_blocks(fold.theta):
+                theta, lengths = fold.theta[rows], fold.lengths[rows]
+                torch.linalg.vector_norm(theta, dim=1, keepdim=True, out=lengths).clamp_min_(_SHORTEST)
+                fold.weight[rows] = theta * (fold.r[rows] / lengths)
 
     @torch.no_grad()
     def finish_gradients(self) -> None:
         """Turn the gradients of folded weights, which lie at theta, into those of r and theta, in their place."""
-        for _, r, theta in self._folds:
-            if theta.grad is None:
+        for fold in self._folds:
+            if fold.theta.grad is None:
                 continue
-            r.grad = torch.empty_like(r)
-            for rows in _row_blocks(theta):
-                changes, lengths = theta.grad[rows], theta[rows].norm(dim=1, keepdim=True).clamp_min(_SHORTEST)
-                directions = theta[rows] / lengths
-                along = (changes * directions).sum(dim=1, keepdim=True)
-                r.grad[rows] = along
-                changes.addcmul_(directions, along, value=-1).mul_(r[rows] / lengths)
+            fold.r.grad = torch.empty_like(fold.r)
+            for rows in _row_blocks(fold.theta):
+                theta, change, lengths = fold.theta[rows], fold.theta.grad[rows], fold.lengths[rows]
+                along = torch.linalg.vecdot(change, theta).unsqueeze(1) / lengths
+                fold.r.grad[rows] = along
+                scale = fold.r[rows] / lengths
+                change.mul_(scale).addcmul_(theta, along * scale / lengths, value=-1)
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole model as it is now, under the names of its file; what does not train is the model's own."""
