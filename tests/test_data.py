@@ -2,7 +2,9 @@
 
 import collections
 import csv
+import dataclasses
 import json
+import os
 import random
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 from pictures import class_folder, labels_folder
 from PIL import Image
 
-from clip_finetune.engine import UserError, load_dataset, split_dataset
+from clip_finetune.engine import ClipDataset, UserError, load_dataset, split_dataset
+from clip_finetune.engine.data import dataset as dataset_module
 from clip_finetune.engine.data import json_captions, json_stream
 from clip_finetune.engine.data.epochs import epoch_order
 from clip_finetune.engine.data.images import BrokenImage, load_image, normalize
@@ -303,3 +306,81 @@ def test_a_quotation_mark_that_is_never_closed_is_told(tmp_path):
     (tmp_path / "captions.csv").write_text('image,caption\n1.png,"one\n2.png,two\n')
     with pytest.raises(UserError, match="is a quotation mark missing"):
         load_dataset(tmp_path / "captions.csv")
+
+
+# ---- a million names -------------------------------------------------------------------------------------------------
+
+
+def missing_by_definition(dataset):
+    """A picture is there if any of the places that it may be at is a file."""
+    return [index for index in range(len(dataset)) if not any(map(os.path.isfile, dataset._places(index)))]
+
+
+def test_missing_pictures_are_those_that_no_place_has_whatever_their_names(tmp_path):
+    chance = random.Random(3)
+    top, beside = tmp_path / "top", tmp_path / "images"
+    files = ["a.jpg", "b c.png", "ü.jpg", "deep/a.jpg", "deep/er/x.jpg", "images/y.jpg", "images/deep/z.jpg", "..jpg"]
+    for file in files:
+        (top / file).parent.mkdir(parents=True, exist_ok=True)
+        (top / file).touch()
+    (beside / "deep").mkdir(parents=True)
+    (beside / "only.jpg").touch()
+    (tmp_path / "outside.jpg").touch()
+    parts = ["a.jpg", "b c.png", "ü.jpg", "x.jpg", "y.jpg", "only.jpg", "outside.jpg", "..jpg", ".", "..", "", "deep",
+             "er", "images", "top", "no\0name", str(tmp_path), str(top), "none.jpg", "\udce4"]  # fmt: skip
+    names = files + [chance.choice("/\\").join(chance.choices(parts, k=chance.randint(1, 4))) for _ in range(4000)]
+    origins = [str(chance.choice([top, top / "deep", top / "deep/er"])) for _ in names]
+    for roots in ((), (str(top),), (str(top), str(beside))):
+        dataset = ClipDataset(
+            name="odd", folder=top, format="", reason="", names=names, captions=[("x",)] * len(names),
+            labels=[None] * len(names), origins=origins, roots=roots,
+        )  # fmt: skip
+        expected = missing_by_definition(dataset)
+        assert 0 < len(expected) < len(names) and dataset.missing() == expected
+
+
+def test_a_split_goes_by_the_place_of_each_picture_whatever_its_name(tmp_path):
+    """The definition, a picture at a time."""
+    chance, top = random.Random(4), tmp_path / "top"
+    parts = ["a.jpg", "b.png", "ü.jpg", ".", "..", "", "deep", "er", "top", str(top), "no\0name"]
+    names = [chance.choice("/\\").join(chance.choices(parts, k=chance.randint(1, 4))) for _ in range(3000)]
+    origins = [str(chance.choice([top, top / "deep", tmp_path / "other"])) for _ in names]
+    for roots in ((), (str(top),), (str(top), str(tmp_path / "other"))):
+        dataset = ClipDataset(
+            name="odd", folder=top, format="", reason="", names=names, captions=[("x",)] * len(names),
+            labels=[None] * len(names), origins=origins, roots=roots,
+        )  # fmt: skip
+        expected = []
+        for origin, name in zip(origins, names, strict=True):
+            place = os.path.normpath(os.path.join(origin, name.replace("\\", "/")))
+            tops = [root for root in roots if place.startswith(os.path.join(root, ""))]
+            expected.append(os.path.relpath(place, tops[0] if tops else top))
+        found = dataset_module._originals(dataset)
+        # A name that means a folder above it names no picture.
+        wrong = [pair for pair in zip(found, expected, strict=True) if pair[0] != pair[1] and pair[1].strip("./")]
+        assert len(set(expected)) > 100 and not wrong
+
+
+def test_a_large_data_sets_fingerprint_notices_what_its_columns_and_folders_hold(tmp_path, monkeypatch):
+    def fresh(**changes):
+        return dataclasses.replace(load_dataset(folder), **changes).fingerprint()
+
+    folder = labels_folder(tmp_path / "colours", 12)
+    exact = fresh()
+    monkeypatch.setattr(dataset_module, "MOST_STATTED", 11)
+    rough, data = fresh(), load_dataset(folder)
+    assert rough != exact and fresh() == rough
+    names, captions = list(data.names), [data.captions[index] for index in range(12)]
+    different = {
+        rough,
+        fresh(names=[names[1], names[0], *names[2:]]),
+        fresh(names=[names[0] + names[1][:1], names[1][1:], *names[2:]]),
+        fresh(captions=[("another",), *captions[1:]]),
+        fresh(repeats=[2] + [1] * 11),
+        fresh(originals=[names[1]] + [""] * 11),
+        fresh(labels=[0] + [None] * 11, class_names=("a",)),
+        fresh(labels=[0] + [None] * 11, class_names=("b",)),
+    }
+    assert len(different) == 8
+    os.remove(data.path(3))
+    assert fresh() not in different

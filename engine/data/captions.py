@@ -34,18 +34,18 @@ class Captions(Sequence[tuple[str, ...]]):
     """The captions of each sample, kept as one text with a line for each: a third of what tuples of texts take."""
 
     def __init__(self, lines: Sequence[str]):
-        self._lines = lines
+        self.lines = lines
 
     @classmethod
     def joined(cls, parts: Sequence[Sequence[tuple[str, ...]]]) -> Captions:
         """Those of several data sets, one after the other."""
         lines: list[str] = []
         for part in parts:
-            lines += part._lines if isinstance(part, Captions) else map("\n".join, part)
+            lines += part.lines if isinstance(part, Captions) else map("\n".join, part)
         return cls(lines)
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self.lines)
 
     @overload
     def __getitem__(self, index: int) -> tuple[str, ...]: ...
@@ -53,12 +53,12 @@ class Captions(Sequence[tuple[str, ...]]):
     def __getitem__(self, index: slice) -> Captions: ...
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return Captions(self._lines[index])
-        lines = self._lines[index]
+            return Captions(self.lines[index])
+        lines = self.lines[index]
         return tuple(lines.split("\n")) if lines else ()
 
     def chosen(self, indices: Sequence[int]) -> Captions:
-        return Captions([self._lines[index] for index in indices])
+        return Captions([self.lines[index] for index in indices])
 
 
 class Reader(Protocol):

@@ -12,12 +12,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
+import numpy
+
 from ..errors import UserError
 from .captions import Captions, read_captions
 from .reading import Reading
 from .tables import Columns
 
 _MOST_WEIGHT = 1000
+# Up to so many pictures are asked for their size and time when a data set is looked at for changes.
+MOST_STATTED = 50_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,14 +109,31 @@ class ClipDataset:
     def missing(self) -> list[int]:
         """Samples whose picture is not there; folders are listed, pictures are not touched."""
         listed: dict[str, frozenset[str]] = {}
+        found: dict[tuple[str, str], list[frozenset[str]]] = {}  # the files of the folders that a name may lie in
 
-        def there(place: str) -> bool:
-            folder, _, name = place.rpartition(os.sep)
+        def files_in(folder: str) -> frozenset[str]:
             if folder not in listed:
                 listed[folder] = _files_in(folder)
-            return name in listed[folder]
+            return listed[folder]
 
-        return [index for index in range(len(self)) if not any(map(there, self._places(index)))]
+        def there(index: int, origin: str, name: str) -> bool:
+            folder, file = _parted(name)
+            if file is None:
+                places = (place.rpartition(os.sep) for place in self._places(index))
+                return any(file in files_in(folder) for folder, _, file in places)
+            if (origin, folder) not in found:
+                found[origin, folder] = [files_in(place) for place in self._folders(origin, folder)]
+            return any(file in files for files in found[origin, folder])
+
+        origins = self.origins or itertools.repeat(str(self.folder))
+        pairs = zip(range(len(self)), origins, self.names, strict=False)
+        return [index for index, origin, name in pairs if not there(index, origin, name)]
+
+    def _folders(self, origin: str, folder: str) -> list[str]:
+        """The folders that a picture may lie in whose name has this folder part, first things first."""
+        roots = self.roots or (str(self.folder),)
+        places = (os.path.normpath(os.path.join(start, folder)) for start in _starts(origin, roots))
+        return [place for place in places if _inside(os.path.join(place, ""), roots)]
 
     def _places(self, index: int) -> Iterator[str]:
         """Where the picture may be, first things first; at least one."""
@@ -131,11 +152,32 @@ class ClipDataset:
 
     @functools.cached_property
     def _fingerprint(self) -> str:
+        if len(self) > MOST_STATTED:
+            return self._rough_fingerprint()
         digest = hashlib.sha256()
         for index, (name, captions, label) in enumerate(zip(self.names, self.captions, self.labels, strict=True)):
             named = None if label is None else self.class_names[label]
             more = [column[index] for column in (self.originals, self.repeats) if column]
             digest.update(repr((name, captions, named, self._size_and_time(index), *more)).encode())
+        return digest.hexdigest()
+
+    def _rough_fingerprint(self) -> str:
+        """The same columns, and in place of each picture's size and time those of the folders that pictures lie in."""
+        digest = hashlib.sha256()
+        numbers = ([-1 if label is None else label for label in self.labels], self.repeats)
+        for column in (self.names, Captions.joined([self.captions]).lines, self.class_names, self.originals):
+            digest.update(numpy.fromiter(map(len, column), numpy.int64, len(column)))
+            digest.update("".join(column).encode("utf-8", "surrogatepass"))
+        for column in numbers:
+            digest.update(f"{len(column)} ".encode())
+            digest.update(numpy.array(column, dtype=numpy.int64))
+        origins = self.origins or itertools.repeat(str(self.folder))
+        parts = {(origin, _parted(name)[0]) for origin, name in zip(origins, self.names, strict=False)}
+        for folder in sorted({folder for part in parts for folder in self._folders(*part)}):
+            try:
+                digest.update(f"{folder}\0{os.stat(folder).st_mtime_ns}\0".encode("utf-8", "surrogatepass"))
+            except (OSError, ValueError):  # not there, or a name with a null character
+                continue
         return digest.hexdigest()
 
     def _size_and_time(self, index: int) -> tuple[int, int] | None:
@@ -146,7 +188,11 @@ class ClipDataset:
         return found.st_size, found.st_mtime_ns
 
     def fingerprint(self) -> str:
-        """A hash over names, captions, classes, originals, repeats, and the size and time of every picture's file."""
+        """A hash over names, captions, classes, originals, repeats, and the size and time of every picture's file.
+
+        Of more than 50,000 samples the times of the folders take the place of the pictures': there a picture that is
+        overwritten in its place is not noticed, one that is added, removed or renamed is.
+        """
         return self._fingerprint
 
 
@@ -156,6 +202,14 @@ def _starts(origin: str, roots: tuple[str, ...]) -> tuple[str, ...]:
     # What a caption file deep in a data set names may be named from its top, not from that of another that was joined.
     tops = tuple(root for root in roots if _inside(origin, (root,)))
     return tuple(dict.fromkeys(start for start in (*beside, *tops) if start in roots or _inside(start, roots)))
+
+
+def _parted(name: str) -> tuple[str, str | None]:
+    """A name's folder part and its file, as the system writes them; None for a name that takes more than that."""
+    folder, slash, file = name.replace("\\", "/").rpartition("/")
+    if file in ("", ".", "..") or (slash and not folder) or (os.name == "nt" and ":" in file):
+        return folder, None
+    return folder, file
 
 
 def _inside(place: str, roots: tuple[str, ...]) -> bool:
@@ -308,7 +362,7 @@ def split_dataset(dataset: ClipDataset, fraction: float, seed: int = 0) -> tuple
         raise UserError(f"The validation split is {fraction}; give a share from 0 to below 1, such as 0.1.")
     if fraction == 0:
         return dataset, dataset.subset([])
-    originals = [_original(dataset, index) for index in range(len(dataset))]
+    originals = _originals(dataset)
     rank = {name: _rank(name, seed) for name in set(originals)}
     if len(rank) < 2:
         raise UserError(f"{dataset.name} has a single picture; a validation split needs 2 at least. Set it to 0.")
@@ -321,17 +375,29 @@ def split_dataset(dataset: ClipDataset, fraction: float, seed: int = 0) -> tuple
     return dataset.subset(sides[0]), dataset.subset(sides[1])
 
 
-def _original(dataset: ClipDataset, index: int) -> str:
-    """The picture's place from the data set's folder, so that two caption files that name it mean the same; of a copy,
+def _originals(dataset: ClipDataset) -> list[str]:
+    """Each picture's place from the data set's folder, so that two caption files that name it mean the same; of a copy,
     that of the picture it was made from. Each of several that were combined has a folder of its own."""
-    if dataset.originals and dataset.originals[index]:
-        place = os.path.join(dataset.folder, dataset.originals[index])
-    else:
-        origin = dataset.origins[index] if dataset.origins else str(dataset.folder)
-        place = os.path.join(origin, dataset.names[index].replace("\\", "/"))
-    place = os.path.normpath(place)
-    top = next((root for root in dataset.roots if _inside(place, (root,))), str(dataset.folder))
-    return _relative(place, top)
+    starts: dict[tuple[str, str], str] = {}  # by origin and folder part of a name
+
+    def place_of(origin: str, name: str) -> str:
+        folder, file = _parted(name)
+        if file is None:
+            return from_top(os.path.join(origin, name.replace("\\", "/")))
+        if (origin, folder) not in starts:
+            starts[origin, folder] = from_top(os.path.join(origin, folder, "x"))[:-1]
+        return starts[origin, folder] + file
+
+    def from_top(place: str) -> str:
+        place = os.path.normpath(place)
+        top = next((root for root in dataset.roots if _inside(place, (root,))), str(dataset.folder))
+        return _relative(place, top)
+
+    places = list(map(place_of, dataset.origins or itertools.repeat(str(dataset.folder)), dataset.names))
+    for index, original in enumerate(dataset.originals):
+        if original:
+            places[index] = from_top(os.path.join(dataset.folder, original))
+    return places
 
 
 def _relative(place: str, folder: str) -> str:
