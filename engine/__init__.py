@@ -12,7 +12,13 @@ from .clip.network import build_network
 from .data.convert import convert_captions
 from .data.dataset import ClipDataset, combine_datasets, load_dataset, split_dataset
 from .errors import UserError
+from .evaluate.calibration import calibrate_logit_scale
+from .evaluate.comparison import compare_full_clips
+from .evaluate.drift import conditioning_drift, weight_drift
+from .evaluate.geometry import eval_geometry
+from .evaluate.gmp_form import gmp_form
 from .evaluate.retrieval import eval_retrieval
+from .evaluate.sweep import blend_sweep
 from .evaluate.typographic import eval_typographic
 from .evaluate.zero_shot import eval_zero_shot
 from .train.config import TrainConfig
@@ -28,9 +34,14 @@ __all__ = [
     "TrainResult",
     "UserError",
     "blend",
+    "blend_sweep",
     "build_network",
+    "calibrate_logit_scale",
     "combine_datasets",
+    "compare_full_clips",
+    "conditioning_drift",
     "convert_captions",
+    "eval_geometry",
     "eval_retrieval",
     "eval_typographic",
     "eval_zero_shot",
@@ -38,6 +49,7 @@ __all__ = [
     "export_text_encoder",
     "export_vision_encoder",
     "fold_gmp",
+    "gmp_form",
     "load_dataset",
     "load_full_clip",
     "merge_text_encoder",
@@ -49,4 +61,5 @@ __all__ = [
     "to_gmp",
     "train",
     "transplant_tower",
+    "weight_drift",
 ]

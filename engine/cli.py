@@ -85,14 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("output", metavar="OUT.safetensors")
 
     evaluate = command("eval", _eval, "Measure models: zero-shot where there are labels, retrieval where captions are.")
-    evaluate.add_argument("--model", action="append", required=True, metavar="M", help="may be given several times")
-    evaluate.add_argument("--baseline", metavar="M", help="the model to compare with")
-    evaluate.add_argument("--data", required=True, metavar="DIR")
-    _add_captions(evaluate)
-    evaluate.add_argument(
-        "--templates", choices=("openai-80", "simple", "none"), default="openai-80", help="default: openai-80"
-    )
-    evaluate.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    _add_eval(evaluate)
 
     convert = command("convert", _convert, "Write captions in another format, in a new place.", opens_a_model=False)
     convert.add_argument("data", metavar="DIR", help="a data set in any format: a folder, or a caption file")
@@ -125,6 +118,32 @@ def _add_captions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--caption-column", default="", metavar="NAME[,NAME]", help="of a table: where the captions are"
     )
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", action="append", default=[], metavar="M", help="may be given several times")
+    parser.add_argument("--baseline", metavar="M", help="the model to compare with")
+    parser.add_argument("--data", metavar="DIR")
+    _add_captions(parser)
+    parser.add_argument(
+        "--templates", choices=("openai-80", "simple", "none"), default="openai-80", help="default: openai-80"
+    )
+    parser.add_argument(
+        "--protocol", choices=("whole set", "published"), default="whole set",
+        help="published: also the share of pictures that know their label among the 48 of a shuffled batch, which was "
+        "published as the accuracy of fine-tunes and is none",
+    )  # fmt: skip
+    parser.add_argument(
+        "--typographic", action="store_true",
+        help="also draw wrong words into the pictures; or, in a folder such as SCAM's, measure those that are on them",
+    )  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    parser.add_argument(
+        "--selfcheck", action="store_true",
+        help="instead of --data: does OpenAI's ViT-L/14, or --model, reach its published figures on these sets?",
+    )  # fmt: skip
+    parser.add_argument("--imagenet", metavar="DIR", help="the validation pictures, in a subfolder for each class")
+    parser.add_argument("--coco", metavar="DIR", help="COCO's validation pictures and annotations")
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
@@ -383,23 +402,60 @@ def _merge(arguments: argparse.Namespace) -> None:
     _say(f"Wrote {save_full_clip(merged, arguments.output)}.")
 
 
-def _eval(arguments: argparse.Namespace) -> None:
+def _eval(arguments: argparse.Namespace) -> int:
     from .clip.files import write_json
     from .data.cache import PictureCache, user_cache_folder
     from .evaluate.together import evaluate, table_of
 
-    dataset = _load(arguments, arguments.data)
+    if arguments.selfcheck:
+        return _selfcheck(arguments)
+    if not arguments.model or not arguments.data:
+        raise UserError("eval needs --model and --data: what to measure, and on which data set.")
+    if arguments.imagenet or arguments.coco:
+        raise UserError("--imagenet and --coco are for --selfcheck; give --data.")
+    dataset = _load_attacks(arguments) or _load(arguments, arguments.data)
     models = [("model", file) for file in arguments.model]
     if arguments.baseline:
         models.append(("baseline", arguments.baseline))
     with contextlib.closing(PictureCache(user_cache_folder(), say=_say)) as cache:
         results = evaluate(
-            models, dataset, templates=arguments.templates, activation=arguments.activation,
+            models, dataset, templates=arguments.templates, protocol=arguments.protocol,
+            typographic=arguments.typographic, activation=arguments.activation,
             context_length=arguments.context_length, cache=cache, on_note=_say,
         )  # fmt: skip
     print(table_of(results))
     if arguments.json:
         write_json(arguments.json, {"models": results})
+    return 0
+
+
+def _load_attacks(arguments: argparse.Namespace) -> ClipDataset | None:
+    from .evaluate.attacks import load_attacks
+
+    return load_attacks(arguments.data) if arguments.typographic else None
+
+
+def _selfcheck(arguments: argparse.Namespace) -> int:
+    from .clip.files import write_json
+    from .data.cache import PictureCache, user_cache_folder
+    from .evaluate.selfcheck import require_sets, selfcheck
+
+    sets = {"imagenet": arguments.imagenet or os.environ.get("IMAGENET"),
+            "coco": arguments.coco or os.environ.get("COCO")}  # fmt: skip
+    if arguments.data or len(arguments.model) > 1:
+        raise UserError("--selfcheck takes one --model at most, and --imagenet and --coco instead of --data.")
+    require_sets(**sets)
+    source = (*arguments.model, os.environ.get("CLIP_WEIGHTS") or "ViT-L-14/openai")[0]
+    model = _open(arguments, source)
+    _tell_notes(model.notes)
+    with contextlib.closing(PictureCache(user_cache_folder(), say=_say)) as cache:
+        found = selfcheck(model, **sets, cache=cache, on_note=_say)
+    _tell_notes(found.notes)
+    print(found.table())
+    print(found.verdict)
+    if arguments.json:
+        write_json(arguments.json, found.as_dict())
+    return 0 if found.passed else 1
 
 
 def _convert(arguments: argparse.Namespace) -> None:

@@ -1,11 +1,14 @@
 """Evaluation against definitions and code that nobody here wrote, and against cases counted by hand."""
 
+import json
 import shutil
 
+import numpy
 import pytest
 import torch
 from clips import random_clip
-from pictures import class_folder, labels_folder
+from pictures import COLOURS, class_folder, labels_folder
+from PIL import Image
 from torch.nn import functional as F
 
 from clip_finetune.engine import (
@@ -15,13 +18,18 @@ from clip_finetune.engine import (
     eval_typographic,
     eval_zero_shot,
     load_dataset,
+    load_full_clip,
     to_gmp,
 )
 from clip_finetune.engine.data.images import load_image, normalize
 from clip_finetune.engine.data.tokens import Tokenizer
-from clip_finetune.engine.evaluate import features
+from clip_finetune.engine.evaluate import features, retrieval, zero_shot
+from clip_finetune.engine.evaluate.class_names import with_classes
+from clip_finetune.engine.evaluate.features import Encoder, FeatureCache
+from clip_finetune.engine.evaluate.intervals import bootstrap_interval, difference_interval
 from clip_finetune.engine.evaluate.retrieval import contrastive_loss, retrieval_metrics
-from clip_finetune.engine.evaluate.zero_shot import ranks_of
+from clip_finetune.engine.evaluate.together import evaluate, table_of
+from clip_finetune.engine.evaluate.zero_shot import in_batch_share, ranks_of, zero_shot_of
 from clip_finetune.engine.report.charts import against_baseline, bar_chart, loss_chart
 from clip_finetune.engine.report.tables import table, time_words
 
@@ -66,6 +74,47 @@ def test_a_tie_is_not_a_win_and_median_ranks_are_counted():
     # Picture 0 ties with text 1, picture 1 has 0 for all three; text 0 and 1 both find picture 0.
     assert to_text["r1"] == pytest.approx(1 / 3) and to_text["median_rank"] == 2
     assert to_image["r1"] == pytest.approx(2 / 3)
+
+
+def test_blocks_of_any_size_give_the_same_ranks_and_loss(monkeypatch):
+    chance = torch.Generator().manual_seed(3)
+    images, texts = unit(53, 8), unit(101, 8, seed=1)
+    texts[7] = texts[60]  # ties over the border of a block
+    texts[10] = images[20]
+    relevant = [sorted(torch.randperm(101, generator=chance)[: 1 + n % 4].tolist()) for n in range(53)]
+    for text in range(101):
+        if not any(text in row for row in relevant):
+            relevant[text % 53].append(text)
+    whole, loss = retrieval_metrics(images, texts, relevant), contrastive_loss(images, texts, relevant, 40.0)
+    for rows, columns in ((7, 13), (1, 101), (53, 1)):
+        monkeypatch.setattr(retrieval, "_ROWS", rows)
+        monkeypatch.setattr(retrieval, "_COLUMNS", columns)
+        assert retrieval_metrics(images, texts, relevant) == whole
+        assert contrastive_loss(images, texts, relevant, 40.0) == pytest.approx(loss, rel=1e-12)
+    # Counted in the plain way.
+    scores, mask = images @ texts.T, torch.zeros(53, 101, dtype=torch.bool)
+    for row, columns in enumerate(relevant):
+        mask[row, columns] = True
+    for found, side, right in ((whole[0], scores, mask), (whole[1], scores.T, mask.T)):
+        best = side.masked_fill(~right, -2).amax(1, keepdim=True)
+        ranks = 1 + ((side >= best - 1e-12) & ~right).sum(1)
+        assert found["median_rank"] == ranks.double().quantile(0.5).item()
+        for k in (1, 5, 10):
+            assert found[f"r{k}"] == pytest.approx((ranks <= k).double().mean().item(), abs=1e-12)
+
+
+def test_memory_does_not_grow_with_the_square_of_the_set(monkeypatch):
+    """20,000 pictures and texts, whose similarity matrix would be 3.2 GB, in blocks of 34 MB."""
+    images, texts = unit(20_000, 16).float(), unit(20_000, 16, seed=1).float()
+    sizes, add = [], retrieval._Ranks.add
+
+    def measured(self, rows, columns, scores):
+        sizes.append(scores.nbytes)
+        add(self, rows, columns, scores)
+
+    monkeypatch.setattr(retrieval._Ranks, "add", measured)
+    to_text, _ = retrieval_metrics(images, texts, [[number] for number in range(20_000)])
+    assert max(sizes) < 40e6 and sum(sizes) == 8 * 20_000**2 and 1000 < to_text["median_rank"] < 19_000
 
 
 def test_the_loss_of_the_whole_set_is_open_clips():
@@ -129,10 +178,344 @@ def test_zero_shot_accuracy_is_that_of_open_clips_classifier(model, tmp_path, te
     assert found.mean_per_class == pytest.approx(expected, abs=1e-6)
 
 
+def test_what_classes_are_compared_with_is_open_clips_to_the_last_digits(model):
+    import open_clip
+
+    names, tokenizer = ["red", "great white shark", "dog"], Tokenizer(77)
+    for templates in ("openai-80", "simple", "none"):
+        sentences = zero_shot.sentences_of(templates)
+        found = zero_shot.class_features(Encoder.of(model), names, sentences)
+        theirs = open_clip.build_zero_shot_classifier(build_network(model).eval(), tokenizer, names, sentences)
+        torch.testing.assert_close(found, theirs.T, rtol=0, atol=1e-6)
+
+
 def test_classes_of_equal_score_are_not_won():
     scores = torch.tensor([[1.0, 1.0, 0.0], [0.5, 0.4, 0.3]], dtype=torch.float64)
     right = torch.tensor([[True, False, False], [False, False, True]])
     assert ranks_of(scores, right).tolist() == [2, 3]
+
+
+def test_what_is_mistaken_for_what_is_counted(model, tmp_path, monkeypatch):
+    data = load_dataset(class_folder(tmp_path / "classes", per_class=6))
+    found = eval_zero_shot(model, data, templates="simple")
+    wrong = sum(count for *_, count in found.confused)
+    assert wrong == round(24 * (1 - found.top1)) and found.per_class_images == dict.fromkeys(sorted(COLOURS), 6)
+    assert all(one != other for one, other, _ in found.confused)
+    assert [count for *_, count in found.confused] == sorted((count for *_, count in found.confused), reverse=True)
+    details = found.details()
+    assert details["per_class"][0] == {"class": "blue", "images": 6, "top1": found.per_class["blue"]}
+    assert json.loads(json.dumps(details)) == details and "published_in_batch_share" not in details
+    # In whatever blocks, batches and order.
+    monkeypatch.setattr(zero_shot, "ROWS", 5)
+    monkeypatch.setattr(zero_shot, "_TOGETHER", 20)
+    monkeypatch.setattr(features, "BATCH", 7)
+    turned = eval_zero_shot(model, data.subset(list(reversed(range(24)))), templates="simple")
+    assert turned.details() == details and turned.as_dict() == found.as_dict()
+
+
+def test_a_picture_in_two_classes_is_one_picture_that_both_are_right_for(model, tmp_path):
+    folder = class_folder(tmp_path / "classes", per_class=2)
+    shutil.copy(folder / "red/0.png", folder / "blue/again.png")
+    found = eval_zero_shot(model, load_dataset(folder), templates="none")
+    assert found.images == 8 and found.per_class_images == {"blue": 3, "green": 2, "red": 2, "yellow": 2}
+
+
+def test_a_table_of_several_answers_a_picture_counts_each_picture_once(model, tmp_path):
+    folder = class_folder(tmp_path / "classes", per_class=2)
+    rows = [f"{name}/{n}.png,{name}" for name in COLOURS for n in range(2)]
+    table = "\n".join(["image,label", *rows, *rows, rows[0].replace(",red", ",blue")])
+    (folder / "human_responses.csv").write_text(table)
+    data = load_dataset(folder, "labels")
+    found, plain = eval_zero_shot(model, data), eval_zero_shot(model, load_dataset(folder, "folders"))
+    assert data.format == "labels" and found.images == 8 and found.as_dict() == plain.as_dict()
+
+
+def test_a_labels_json_of_class_names_is_classified(model, tmp_path):
+    folder = class_folder(tmp_path / "classes", per_class=3)
+    plain = eval_zero_shot(model, load_dataset(folder))
+    labels = {f"{name}/{n}.png": [name, "something longer"] for name in COLOURS for n in range(3)}
+    (folder / "labels.json").write_text(json.dumps(labels))
+    data = load_dataset(folder)
+    found = eval_zero_shot(model, data)
+    assert not data.has_labels and found.per_class == plain.per_class
+    assert "first captions of its pictures are taken for" in found.notes[0]
+    (result,) = evaluate([("model", model)], data)
+    assert result["zero_shot"] == plain.as_dict() and result["retrieval"]["captions"] == 5
+    with pytest.raises(UserError, match="no classes"):
+        eval_zero_shot(model, load_dataset(labels_folder(tmp_path / "captions")))
+
+
+def wnid_folder(folder, wnids):
+    for number, wnid in enumerate(wnids):
+        (folder / wnid).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (9 * number % 256, 50, 50)).save(folder / wnid / "1.png")
+    return folder
+
+
+def test_imagenets_folder_names_become_class_names(model, tmp_path):
+    import open_clip
+
+    data = load_dataset(wnid_folder(tmp_path / "few", ["n02123045", "n01440764", "n15075141"]))
+    named, notes = with_classes(data)
+    assert named.class_names == ("tench", "tabby cat", "toilet paper") and "ImageNet's" in notes[0]
+    assert set(named.class_names) <= set(open_clip.IMAGENET_CLASSNAMES)
+    found = eval_zero_shot(model, data, templates="none")
+    assert set(found.per_class) == set(named.class_names) and notes[0] in found.notes
+    # n02084071 is dog, which is none of the 1,000; both words for sunglasses are.
+    odd = load_dataset(wnid_folder(tmp_path / "odd", ["n02084071", "n04355933", "n04356056"]))
+    named, notes = with_classes(odd)
+    assert named.class_names == ("dog", "sunglasses", "sunglasses")
+    assert "none of ImageNet's 1,000" in notes[1] and "no model can tell these apart" in notes[2]
+    found = eval_zero_shot(model, odd, templates="none")
+    assert set(found.per_class) == {"dog", "sunglasses (1)", "sunglasses (2)"}
+    assert found.per_class["sunglasses (1)"] == found.per_class["sunglasses (2)"] == 0
+
+
+def test_all_of_imagenets_names_are_in_open_clips_order(tmp_path):
+    import open_clip
+    from timm.data import ImageNetInfo
+
+    data = load_dataset(wnid_folder(tmp_path / "all", ImageNetInfo("imagenet-1k").label_names()))
+    assert with_classes(data)[0].class_names == tuple(open_clip.IMAGENET_CLASSNAMES)
+
+
+def test_a_file_beside_the_folders_says_what_they_are_called(tmp_path):
+    folder = wnid_folder(tmp_path / "val", ["n00000001", "n01440764"])
+    with pytest.raises(UserError, match="n00000001 is called is not known here; put a file LOC_synset_mapping.txt"):
+        with_classes(load_dataset(folder))
+    (tmp_path / "classes.txt").write_text("n00000001\tmy thing\nn01440764\tfish, and more\nnonsense\n")
+    named, notes = with_classes(load_dataset(folder))
+    assert named.class_names == ("my thing", "fish") and "from classes.txt" in notes[0]
+    (folder / "LOC_synset_mapping.txt").write_text("n00000001 nearer, it is\n")
+    assert with_classes(load_dataset(folder))[0].class_names == ("nearer", "tench")
+
+
+def test_a_bootstrap_interval_is_that_of_drawing_with_replacement():
+    values = torch.tensor([1.0] * 37 + [0.0] * 63)
+    low, high = bootstrap_interval(values)
+    drawn = numpy.random.default_rng(7).choice(values.numpy(), size=(20_000, 100)).mean(1)
+    assert (low, high) == pytest.approx(numpy.quantile(drawn, [0.025, 0.975]).tolist(), abs=0.011)
+    assert bootstrap_interval(values.flip(0)) == (low, high) and low < 0.37 < high
+    assert bootstrap_interval(torch.ones(5)) == (1.0, 1.0)
+
+
+def test_the_interval_of_a_difference_is_that_of_pairs():
+    """Two models that are right on the same pictures but one differ surely, however wide their own intervals are."""
+    baseline = torch.tensor([1.0, 0.0] * 200)
+    model = baseline.clone()
+    model[1:60:2] = 1.0
+    low, high = difference_interval(model, baseline)
+    assert 0.045 < low < 30 / 400 < high < 0.11
+    assert difference_interval(baseline, baseline) == (0.0, 0.0)
+
+
+def test_the_published_figure_is_that_of_batches_of_48(model, tmp_path):
+    """Counted as the published script counts: products of features, a softmax, and strings that are compared."""
+    chance = torch.Generator().manual_seed(0)
+    images = torch.randn(100, 8, generator=chance).double()
+    texts = torch.randn(5, 8, generator=chance).double() * torch.tensor([[1.0], [3.0], [1.0], [1.0], [0.2]])
+    labels = torch.randint(5, (100,), generator=chance).tolist()
+    found = in_batch_share(images, texts, labels, seed=4)
+    import random
+
+    shuffles, right = random.Random(4), 0
+    for _ in range(10):
+        order = shuffles.sample(range(100), 100)
+        for start in range(0, 100, 48):
+            rows = order[start : start + 48]
+            words = [f"class {labels[row]}" for row in rows]
+            shares = (images[rows] @ texts[[labels[row] for row in rows]].T).softmax(-1)
+            for row, best in enumerate(shares.topk(1, dim=-1).indices):
+                right += words[row] == words[best]
+    assert found == right / 1000
+    # It is another number than the accuracy, whose texts have no lengths.
+    unit_texts = F.normalize(texts, dim=1)
+    assert in_batch_share(images, unit_texts, labels) != found
+    data = load_dataset(class_folder(tmp_path / "classes", per_class=6))
+    result = eval_zero_shot(model, data, protocol="published")
+    assert 0 <= result.in_batch <= 1 and result.details()["published_in_batch_share"] == result.in_batch
+    assert result.as_dict() == eval_zero_shot(model, data).as_dict() and eval_zero_shot(model, data).in_batch is None
+    turned = eval_zero_shot(model, data.subset(list(reversed(range(24)))), protocol="published")
+    assert turned.in_batch == result.in_batch
+    assert "not accuracy" in table_of(evaluate([("model", model)], data, protocol="published"))
+    with pytest.raises(UserError, match="protocol 'other' is not known; choose whole set or published"):
+        eval_zero_shot(model, data, protocol="other")
+
+
+def test_the_published_figure_gets_bare_names_of_any_length_and_no_order(model, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(zero_shot, "in_batch_share", lambda *arguments: given.append(arguments) or 0.5)
+    data = load_dataset(class_folder(tmp_path / "classes"))
+    for order in (range(12), reversed(range(12))):
+        eval_zero_shot(model, data.subset(list(order)), protocol="published")
+    with torch.no_grad():
+        expected = build_network(model).eval().encode_text(Tokenizer(77)(list(data.class_names)))
+    for pictures, texts, labels in given:
+        torch.testing.assert_close(texts, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(pictures, given[0][0], rtol=0, atol=1e-6)
+        assert labels == sorted(labels) == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+
+
+# ---- what is computed once -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """How many pictures and texts went through a network."""
+    counts = {"images": 0, "texts": 0}
+    build = features.build_network
+
+    def counting(*arguments, **options):
+        network = build(*arguments, **options)
+        image, text = network.encode_image, network.encode_text
+
+        def encode_image(pictures, **more):
+            counts["images"] += len(pictures)
+            return image(pictures, **more)
+
+        def encode_text(tokens, **more):
+            counts["texts"] += len(tokens)
+            return text(tokens, **more)
+
+        network.encode_image, network.encode_text = encode_image, encode_text
+        return network
+
+    monkeypatch.setattr(features, "build_network", counting)
+    return counts
+
+
+def both_kinds(folder, per_class=3):
+    """Pictures with classes and captions."""
+    class_folder(folder, per_class=per_class)
+    rows = [f"{name}/{n}.png,{name}" for name in COLOURS for n in range(per_class)]
+    (folder / "labels.json").write_text(json.dumps({row.split(",")[0]: [row.split(",")[1]] for row in rows}))
+    return load_dataset(folder)
+
+
+def test_one_evaluation_encodes_each_picture_once(model, tmp_path, passes):
+    data = both_kinds(tmp_path / "both")
+    (result,) = evaluate([("model", model)], data, templates="simple")
+    assert "zero_shot" in result and "retrieval" in result
+    assert passes == {"images": 12, "texts": 4 * 7 + 4}
+    passes.update(images=0, texts=0)
+    evaluate([("model", model), ("baseline", random_clip(seed=4))], data, templates="none", typographic=True)
+    assert passes["images"] == 2 * (12 + 12)  # clean, and with words
+
+
+def test_evaluators_that_share_a_cache_encode_each_picture_and_text_once(model, tmp_path, passes):
+    data, cache = both_kinds(tmp_path / "both"), FeatureCache()
+    alone = [eval_zero_shot(model, data).as_dict(), eval_retrieval(model, data).as_dict()]
+    alone.append(eval_typographic(model, data))
+    passes.update(images=0, texts=0)
+    counted, progress = [], []
+
+    def total():
+        counted.append(dict(passes))
+
+    shared = [eval_zero_shot(model, data, features=cache).as_dict()]
+    total()
+    shared.append(eval_retrieval(model, data, features=cache, on_progress=lambda *n: progress.append(n)).as_dict())
+    total()
+    shared.append(eval_typographic(model, data, features=cache))
+    total()
+    assert shared == alone and progress[-1] == (12, 12)
+    assert [count["images"] for count in counted] == [12, 12, 24]  # those with words are drawn anew
+    assert [count["texts"] for count in counted] == [320, 324, 324 + 28]
+    assert eval_zero_shot(model, data, features=cache).as_dict() == alone[0] and passes["images"] == 24
+    # Another model, another picture, or the same name with other bytes is encoded.
+    eval_zero_shot(random_clip(seed=4), data, features=cache)
+    assert passes["images"] == 36
+    Image.new("RGB", (32, 32), "white").save(tmp_path / "both/red/0.png")
+    eval_zero_shot(model, data, features=cache)
+    assert passes["images"] == 37
+    eval_zero_shot(model.derive({}, step="the same"), data, features=cache)
+    assert passes["images"] == 37
+
+
+def test_the_cache_knows_the_transform_and_the_activation(model, tmp_path, passes):
+    import dataclasses
+
+    from clip_finetune.engine.data.transform import Transform
+    from clip_finetune.engine.evaluate.features import with_trained_transform
+
+    data, cache = load_dataset(class_folder(tmp_path / "classes")), FeatureCache()
+    padded = with_trained_transform(model.provenance, Transform(image_size=32, square="pad"))
+    other = dataclasses.replace(model.architecture, activation="gelu")
+    kinds = (model, dataclasses.replace(model, provenance=padded), dataclasses.replace(model, architecture=other))
+    for number, kind in enumerate(kinds, 1):
+        eval_zero_shot(kind, data, features=cache, templates="none")
+        assert passes["images"] == 12 * number
+
+
+def test_the_cache_is_bounded_and_what_was_asked_for_last_stays():
+    cache = FeatureCache(limit=10 * (4000 + features._ENTRY_BYTES))
+    for number in range(25):
+        cache.put(number, torch.full((1000,), float(number)))
+        assert cache.get(0) is not None
+    assert cache.bytes <= cache.limit and cache.get(24)[0] == 24 and cache.get(5) is None
+    batch = torch.zeros(100, 10)
+    cache.put("row", batch[3])
+    assert cache.get("row").untyped_storage().nbytes() == 40
+
+
+# ---- precision -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(a model that has learnt to tell noisy colours apart, 400 pictures of which it knows most)."""
+    from clip_finetune.engine import TrainConfig, train
+
+    top = tmp_path_factory.mktemp("trained")
+    noise = numpy.random.default_rng(0)
+    for part, count in (("train", 24), ("test", 100)):
+        for name, colour in COLOURS.items():
+            (top / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = numpy.array(colour) + noise.normal(0, 60, (32, 32, 3)) + noise.normal(0, 30, 3)
+                file = top / part / name / f"{number}.png"
+                Image.fromarray(pixels.clip(0, 255).astype(numpy.uint8)).save(file)
+    config = TrainConfig(epochs=10, batch_size=16, learning_rate=1e-3, precision="fp32")
+    trained = train(random_clip(), load_dataset(top / "train"), None, config, run_folder=top / "run")
+    return load_full_clip(trained.run_folder / "best.safetensors"), load_dataset(top / "test")
+
+
+def test_a_trained_models_accuracies_are_those_of_open_clip_and_scikit_learn(trained):
+    import open_clip
+    from sklearn.metrics import balanced_accuracy_score, confusion_matrix
+
+    model, data = trained
+    kept = data.subset(
+        [index for index in range(400) if data.labels[index] or index % 5 == 0]
+    )  # classes of unequal size
+    network, names = build_network(model).eval(), list(data.class_names)
+    classifier = open_clip.build_zero_shot_classifier(
+        network, Tokenizer(77), names, open_clip.SIMPLE_IMAGENET_TEMPLATES
+    )
+    pictures = torch.stack([load_image(kept.path(index), 32) for index in range(len(kept))])
+    with torch.no_grad():
+        answers = (F.normalize(network.encode_image(normalize(pictures)), dim=1) @ classifier).argmax(1).tolist()
+    found = eval_zero_shot(model, kept, templates="simple")
+    right = [answer == label for answer, label in zip(answers, kept.labels, strict=True)]
+    assert 0.6 < found.top1 < 1 and found.top1 == pytest.approx(sum(right) / len(right), abs=1e-6)
+    assert found.mean_per_class == pytest.approx(balanced_accuracy_score(kept.labels, answers), abs=1e-6)
+    assert found.mean_per_class != found.top1
+    matrix = confusion_matrix(kept.labels, answers)
+    counted = {(names[row], names[column]): matrix[row, column] for row in range(4) for column in range(4)}
+    assert {(one, other): count for one, other, count in found.confused} == {
+        pair: count for pair, count in counted.items() if count and pair[0] != pair[1]
+    }
+
+
+def test_bf16_measures_as_fp32_does(trained):
+    model, data = trained
+    exact = zero_shot_of(Encoder.of(model), data, templates="simple")
+    assert exact.images == 400 and 0.5 < exact.top1
+    half = zero_shot_of(Encoder.of(model, precision="bf16"), data, templates="simple")
+    rounded = model.derive({name: w.bfloat16() for name, w in model.state_dict.items()}, step="bf16")
+    stored = eval_zero_shot(rounded, data, templates="simple")
+    for found in (half, stored):
+        assert abs(found.top1 - exact.top1) <= 0.002 and abs(found.mean_per_class - exact.mean_per_class) <= 0.002
 
 
 def test_custom_templates_are_used_and_checked(model, tmp_path):
@@ -145,10 +528,10 @@ def test_custom_templates_are_used_and_checked(model, tmp_path):
 
 
 def test_an_empty_validation_part_is_told(model, tmp_path):
-    for folder, evaluate in ((labels_folder, eval_retrieval), (class_folder, eval_zero_shot)):
+    for folder, measure in ((labels_folder, eval_retrieval), (class_folder, eval_zero_shot)):
         data = load_dataset(folder(tmp_path / folder.__name__)).subset([])
         with pytest.raises(UserError, match="set validation_split above 0"):
-            evaluate(model, data)
+            measure(model, data)
 
 
 def test_one_class_is_refused(model, tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +29,36 @@ from ..errors import UserError
 BATCH = 64
 PICTURES_KEY = "pictures"  # in a model's provenance: how the pictures of its training became squares
 _TOLD = ("square", "background", "resize")
+_ENTRY_BYTES = 1000  # about what Python needs for a tensor and its key, beside the numbers
+
+
+class FeatureCache:
+    """Features that this process has computed, by the model that made them and what they are of.
+
+    At most `limit` bytes; what was not asked for longest goes first. Safe to use from several threads.
+    """
+
+    def __init__(self, limit: int = 512 * 2**20):
+        self.limit, self.bytes = limit, 0
+        self._kept: collections.OrderedDict[Hashable, Tensor] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> Tensor | None:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+    def put(self, key: Hashable, feature: Tensor) -> None:
+        """Keeps a copy, because a row of a batch would keep the whole batch."""
+        with self._lock:
+            if key in self._kept:
+                return
+            self._kept[key] = feature.clone()
+            self.bytes += feature.nbytes + _ENTRY_BYTES
+            while self.bytes > self.limit:
+                _, gone = self._kept.popitem(last=False)
+                self.bytes -= gone.nbytes + _ENTRY_BYTES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +67,7 @@ class Encoder:
 
     `transform` is how pictures become squares, and `cache` where they may be found decoded. `autocast` makes a context
     for each forward pass; `on_progress(done, total)` counts pictures; `check_cancelled` may raise between batches.
+    `features` is where features may be found that `model`, which says which weights and how they compute, made before.
     """
 
     network: nn.Module
@@ -45,14 +78,22 @@ class Encoder:
     on_progress: Callable[[int, int], None] = lambda done, total: None
     check_cancelled: Callable[[], None] = lambda: None
     cache: PictureCache | None = None
+    features: FeatureCache | None = None
+    model: Hashable = None
 
     @classmethod
-    def of(cls, full_clip: FullCLIP, *, device: torch.device | str | None = None, **more) -> Encoder:
-        """The network of a full CLIP, in fp32, on CUDA where there is one. Pictures become squares in the way that it
-        was trained with."""
+    def of(
+        cls, full_clip: FullCLIP, *, device: torch.device | str | None = None, precision: str = "fp32", **more
+    ) -> Encoder:
+        """The network of a full CLIP, in fp32 or (`precision`) autocast to bf16, on CUDA where there is one. Pictures
+        become squares in the way that it was trained with."""
         a = full_clip.architecture
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         network = build_network(full_clip, device=device).eval().requires_grad_(False)
+        if precision == "bf16":
+            more["autocast"] = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
+        if more.get("features") is not None:
+            more["model"] = (full_clip.fingerprint, device.type, precision)
         return cls(network, trained_transform(full_clip), Tokenizer(a.context_length, a.vocab_size), device, **more)
 
     @property
@@ -64,14 +105,39 @@ class Encoder:
         return Pictures(dataset, self.transform, self.cache, memory_bytes=0)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """float32 [n, d] on the CPU, each row of length 1. Raises `BrokenModel`, as `images` does."""
-        parts = []
+        """float32 [n, d] on the CPU, each row of length 1; a text that comes twice is encoded once. Raises
+        `BrokenModel`, as `images` does."""
+        distinct = dict.fromkeys(texts)
+        found = {text: row for text in distinct if (row := self.kept("text", text)) is not None}
+        fresh = [text for text in distinct if text not in found]
+        for text, row in zip(fresh, self._encoded_texts(fresh), strict=True):
+            self.keep(row, "text", text)
+            found[text] = row
+        return torch.stack([found[text] for text in texts])
+
+    def passing_texts(self, texts: Sequence[str]) -> Tensor:
+        """As `texts`, for such as are not asked for again."""
+        return torch.stack(list(self._encoded_texts(texts)))
+
+    def raw_texts(self, texts: Sequence[str]) -> Tensor:
+        """float32 [n, d] on the CPU, of the length that the model gives them."""
+        return torch.stack(list(self._encoded_texts(texts, unit=False)))
+
+    def _encoded_texts(self, texts: Sequence[str], unit: bool = True) -> Iterator[Tensor]:
         for start in range(0, len(texts), BATCH):
             self.check_cancelled()
             tokens = cut_to_longest(self.tokenizer(texts[start : start + BATCH])).to(self.device)
             with torch.no_grad(), self.autocast():
-                parts.append(_unit(self.network.encode_text(tokens)))
-        return torch.cat(parts)
+                features = self.network.encode_text(tokens)
+            yield from _unit(features) if unit else _checked(features.float().cpu())
+
+    def kept(self, *what: Hashable) -> Tensor | None:
+        """A feature that was computed before with the same model."""
+        return None if self.features is None else self.features.get((self.model, *what))
+
+    def keep(self, feature: Tensor, *what: Hashable) -> None:
+        if self.features is not None:
+            self.features.put((self.model, *what), feature)
 
     def images(self, batches: Iterable[tuple[list[int], Tensor]], total: int) -> tuple[list[int], Tensor]:
         """Sample indices and float32 [n, d] on the CPU, each row of length 1, of uint8 batches."""
@@ -110,13 +176,16 @@ class BrokenModel(UserError):
 
 
 def _unit(features: Tensor) -> Tensor:
-    unit = F.normalize(features.float(), dim=1).cpu()
-    if not torch.isfinite(unit).all():
+    return _checked(F.normalize(features.float(), dim=1).cpu())
+
+
+def _checked(features: Tensor) -> Tensor:
+    if not torch.isfinite(features).all():
         raise BrokenModel(
             "The model computes values that are not numbers (NaN or infinite), so nothing can be measured with it; its "
             "weights are damaged, or its training broke. Use a model from before that."
         )
-    return unit
+    return features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +207,8 @@ def require_pictures(dataset: ClipDataset) -> None:
 
 
 def encode_pictures(encoder: Encoder, dataset: ClipDataset) -> EncodedPictures:
-    """Encode each distinct picture once; files of the same bytes are one picture.
+    """Encode each distinct picture once; files of the same bytes are one picture. What the encoder's cache of features
+    holds is not encoded again: it knows a picture by its bytes and the transform.
 
     Raises `UserError` if no picture can be opened.
     """
@@ -149,8 +219,18 @@ def encode_pictures(encoder: Encoder, dataset: ClipDataset) -> EncodedPictures:
     for index, digest in zip(there, digests, strict=True):
         copies.setdefault(digest, []).append(index)
     firsts = {indices[0]: indices for indices in copies.values()}
+    named = {indices[0]: ("picture", encoder.transform.base_name, digest) for digest, indices in copies.items()}
+    rows = {index: row for index, name in named.items() if (row := encoder.kept(*name)) is not None}
     pictures = encoder.pictures(dataset)
-    indices, features = encoder.images(image_batches(pictures, list(firsts), BATCH), len(firsts))
+    fresh = [index for index in firsts if index not in rows]
+    indices, features = encoder.images(image_batches(pictures, fresh, BATCH), len(fresh))
+    for index, row in zip(indices, features, strict=True):
+        encoder.keep(row, *named[index])
+    if rows:
+        rows |= dict(zip(indices, features, strict=True))
+        indices = [index for index in firsts if index in rows]
+        features = torch.stack([rows[index] for index in indices])
+        encoder.on_progress(len(indices), len(indices))
     broken = pictures.broken
     notes = []
     if missing:

@@ -12,8 +12,12 @@ from ..clip.full_clip import FullCLIP, load_full_clip
 from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset
 from ..report.tables import table
-from .retrieval import eval_retrieval
-from .zero_shot import eval_zero_shot
+from .attacks import attacks_in
+from .class_names import has_classes, with_classes
+from .features import Encoder, encode_pictures, require_pictures
+from .retrieval import retrieval_of
+from .typographic import typographic_of
+from .zero_shot import require_classes, zero_shot_of
 
 
 def evaluate(
@@ -21,30 +25,44 @@ def evaluate(
     dataset: ClipDataset,
     *,
     templates: str = "openai-80",
+    protocol: str = "whole set",
+    typographic: bool = False,
     activation: str = "auto",
     context_length: int | None = None,
     device: torch.device | str | None = None,
     cache: PictureCache | None = None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> list[dict[str, Any]]:
-    """The list under "models" of `eval --json`: zero-shot where the data set has labels, retrieval where captions.
+    """The list under "models" of `eval --json`: zero-shot where the data set has labels, retrieval where captions, a
+    typographic attack if it is asked for. A model encodes each picture once for all of them.
 
     `models` are pairs of a name ("model" or "baseline") and a file, hub name or FullCLIP.
     """
+    require_pictures(dataset)
     results, told = [], set()
+    labelled, attacked = has_classes(dataset), bool(typographic and attacks_in(dataset))
+    if (labelled or typographic) and not attacked:
+        require_classes(with_classes(dataset)[0])  # before a model is opened for nothing
     for name, source in models:
         full_clip, file = source, None
         if not isinstance(source, FullCLIP):
             full_clip, file = load_full_clip(source, activation=activation, context_length=context_length), str(source)
         result: dict[str, Any] = {"name": name, "file": file}
-        measured = []
-        how = {"device": device, "cache": cache}
-        if dataset.has_labels:
-            measured.append(("zero_shot", eval_zero_shot(full_clip, dataset, templates=templates, **how)))
-        if dataset.has_captions:
-            measured.append(("retrieval", eval_retrieval(full_clip, dataset, **how)))
+        encoder = Encoder.of(full_clip, device=device, cache=cache)
+        pictures = encode_pictures(encoder, dataset)
+        measured: list[tuple[str, Any]] = []
+        if labelled and not attacked:
+            how = {"templates": templates, "protocol": protocol}
+            measured.append(("zero_shot", zero_shot_of(encoder, dataset, pictures=pictures, **how)))
+            result["details"] = {"zero_shot": measured[-1][1].details()}
+        if dataset.has_captions and not attacked:
+            measured.append(("retrieval", retrieval_of(encoder, dataset, pictures=pictures)))
+        if typographic:
+            measured.append(("typographic", typographic_of(encoder, dataset, pictures=pictures)))
+        result["images"] = len(pictures.features)
         for part, found in measured:
-            result["images"] = found.images
+            if part != "typographic":
+                result["images"] = found.images
             result[part] = found.as_dict()
             for note in (*full_clip.notes, *found.notes):
                 if note not in told:
@@ -63,6 +81,17 @@ def table_of(results: Sequence[dict[str, Any]]) -> str:
             zero_shot = result["zero_shot"]
             row |= {"zero-shot top 1": percent(zero_shot["top1"]), "top 5": percent(zero_shot["top5"]),
                     "mean per class": percent(zero_shot["mean_per_class"])}  # fmt: skip
+            details = result.get("details", {}).get("zero_shot", {})
+            if "top1_interval" in details:
+                row["95 %"] = " to ".join(map(percent, details["top1_interval"]))
+            if "published_in_batch_share" in details:
+                row["1 of 48, not accuracy"] = percent(details["published_in_batch_share"])
+        if "typographic" in result:
+            found = result["typographic"]
+            clean = found["accuracy_clean"]
+            row |= {"clean": "-" if clean is None else percent(clean),
+                    "under attack": percent(found["accuracy_under_attack"]),
+                    "word wins": percent(found["word_wins"])}  # fmt: skip
         if "retrieval" in result:
             for key, words in (("image_to_text", "image to text"), ("text_to_image", "text to image")):
                 found = result["retrieval"][key]

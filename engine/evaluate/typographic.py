@@ -1,14 +1,15 @@
 """Typographic attack: does a wrong word written into a picture win over what the picture shows?
 
-Goh et al. 2021, "Multimodal neurons in artificial neural networks" (distill.pub/2021/multimodal-neurons).
+Goh et al. 2021, "Multimodal neurons in artificial neural networks" (distill.pub/2021/multimodal-neurons); pictures that
+people wrote on: Westerhoff et al. 2025, "SCAM" (arxiv.org/abs/2504.04893).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,29 +18,70 @@ from ..clip.full_clip import FullCLIP
 from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset
 from ..data.loader import Pictures, image_batches
-from .features import BATCH, Encoder, encode_pictures
-from .zero_shot import class_features, ranks_of, require_classes, sentences_of
+from ..data.transform import Transform
+from ..errors import UserError
+from .attacks import CLEAN, DRAWN, WrittenOn, attacks_in
+from .class_names import with_classes
+from .drawing import can_be_drawn, write_word
+from .features import BATCH, EncodedPictures, Encoder, FeatureCache, encode_pictures, require_pictures
+from .zero_shot import (
+    ROWS,
+    class_features,
+    ranks_of,
+    require_classes,
+    require_labelled,
+    right_classes,
+    sentences_of,
+)
 
-# The word's height as a share of the picture's, and how opaque its ground is.
-_HEIGHTS, _GROUNDS = (0.12, 0.2), (0, 255)
+
+@dataclasses.dataclass(frozen=True)
+class Attacked:
+    """A picture with a word on it: sample `index` of the data set, and the `name` that decides how its word is drawn.
+    `answer` is what the model takes it for, `fooled` whether that is the word."""
+
+    index: int
+    name: str
+    shows: str
+    word: str
+    kind: str
+    answer: str
+    right: bool
+    fooled: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """Of the pictures of one kind: how many are right among all names, how many the written word wins, and how many are
+    right where only the object and its word are to choose from, as SCAM is published."""
+
+    images: int
+    accuracy: float
+    word_wins: float
+    object_over_word: float
 
 
 @dataclasses.dataclass(frozen=True)
 class TypographicResult:
-    """Accuracies from 0 to 1 on the clean and on the attacked pictures; `word_wins` is how often the answer is the
-    class that was written."""
+    """Accuracies from 0 to 1 on the clean and on the attacked pictures (`images` counts the attacked ones);
+    `word_wins` is how often the answer is what was written. `kinds` has the same by how the words came into the
+    pictures; where there is no clean picture, `accuracy_clean` is None. `attacked` are the pictures one by one, in an
+    order that is the same for all models."""
 
     images: int
-    accuracy_clean: float
+    accuracy_clean: float | None
     accuracy_under_attack: float
     word_wins: float
     notes: tuple[str, ...] = ()
+    kinds: Mapping[str, Shares] = dataclasses.field(default_factory=dict)
+    attacked: tuple[Attacked, ...] = dataclasses.field(default=(), repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "accuracy_clean": self.accuracy_clean,
             "accuracy_under_attack": self.accuracy_under_attack,
             "word_wins": self.word_wins,
+            "kinds": {kind: dataclasses.asdict(shares) for kind, shares in self.kinds.items()},
         }
 
 
@@ -48,82 +90,222 @@ def eval_typographic(
     dataset: ClipDataset,
     *,
     seed: int = 0,
+    templates: str = "simple",
     device: torch.device | str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     check_cancelled: Callable[[], None] = lambda: None,
     cache: PictureCache | None = None,
+    features: FeatureCache | None = None,
 ) -> TypographicResult:
-    """Zero-shot accuracy before and after the name of another class was written into each labelled picture.
+    """Zero-shot accuracy on clean pictures, and on pictures with a wrong word on them.
 
-    Word, place, size and colours are functions of `seed` and the picture's name. Raises `UserError` for a data set
-    without at least two classes.
+    Where the data set says which words are written on its pictures (`attacks_in`), these are measured, among all
+    objects and words. Else the name of another class is drawn into each labelled picture: word, font, place, size and
+    colours are functions of `seed` and the picture's name, so that every model sees the same. Raises `UserError` for a
+    data set without at least two classes.
     """
-    require_classes(dataset)
+    require_pictures(dataset)
+    written = attacks_in(dataset)
+    if not any(found.kind != CLEAN and found.word for found in written.values()):
+        require_classes(with_classes(dataset)[0])
     encoder = Encoder.of(
-        full_clip, device=device, on_progress=on_progress, check_cancelled=check_cancelled, cache=cache
-    )
-    classifier = class_features(encoder, dataset.class_names, sentences_of("simple")).double()
-    clean = encode_pictures(encoder, dataset)
-    rows = [row for row, samples in enumerate(clean.samples) if dataset.labels[samples[0]] is not None]
-    labels = torch.tensor([dataset.labels[clean.samples[row][0]] for row in rows])
-    words = torch.tensor([_word(dataset, clean.samples[row][0], seed) for row in rows])
-    firsts = [clean.samples[row][0] for row in rows]
-    batches = _attacked(encoder.pictures(dataset), firsts, words.tolist(), seed)
-    _, attacked = encoder.images(batches, len(rows))
-    scores_clean, scores_attacked = clean.features[rows].double() @ classifier.T, attacked.double() @ classifier.T
-    return TypographicResult(
-        images=len(rows),
-        accuracy_clean=_accuracy(scores_clean, labels),
-        accuracy_under_attack=_accuracy(scores_attacked, labels),
-        word_wins=_accuracy(scores_attacked, words),
-        notes=clean.notes,
-    )
+        full_clip, device=device, on_progress=on_progress, check_cancelled=check_cancelled, cache=cache,
+        features=features,
+    )  # fmt: skip
+    return typographic_of(encoder, dataset, seed=seed, templates=templates)
 
 
-def _accuracy(scores_nc: Tensor, labels_n: Tensor) -> float:
-    right = torch.nn.functional.one_hot(labels_n, scores_nc.shape[1]).bool()
-    return (ranks_of(scores_nc, right) == 1).double().mean().item()
+def typographic_of(
+    encoder: Encoder,
+    dataset: ClipDataset,
+    *,
+    seed: int = 0,
+    templates: str = "simple",
+    pictures: EncodedPictures | None = None,
+) -> TypographicResult:
+    """The same with a network that is already there, and the data set's pictures if they were encoded before."""
+    sentences = sentences_of(templates)
+    written = attacks_in(dataset)
+    pictures = pictures or encode_pictures(encoder, dataset)
+    if any(found.kind != CLEAN and found.word for found in written.values()):
+        return _real(encoder, dataset, written, sentences, pictures)
+    return _drawn(encoder, dataset, seed, sentences, pictures)
 
 
-def _word(dataset: ClipDataset, index: int, seed: int) -> int:
-    """A class other than the picture's own."""
-    others = [number for number in range(len(dataset.class_names)) if number != dataset.labels[index]]
-    return random.Random(f"{seed} {dataset.names[index]} word").choice(others)
+# ---- words that are on the pictures ----------------------------------------------------------------------------------
 
 
-def _attacked(
-    pictures: Pictures, indices: list[int], words: list[int], seed: int
+def _real(
+    encoder: Encoder, dataset: ClipDataset, written: Mapping[int, WrittenOn], sentences, pictures: EncodedPictures
+) -> TypographicResult:
+    names = sorted({name for about in written.values() for name in (about.shows, about.word) if name})
+    numbers = {name: number for number, name in enumerate(names)}
+    found = [next((index for index in samples if index in written), None) for samples in pictures.samples]
+    known = [row for row, index in enumerate(found) if index is not None]
+    indices = [found[row] for row in known]
+    told = [written[index] for index in indices]
+    right = torch.zeros(len(known), len(names), dtype=torch.bool)
+    words = torch.full((len(known),), -1)
+    for row, about in enumerate(told):
+        right[row, numbers[about.shows]] = True
+        words[row] = numbers.get(about.word, -1)
+    answers = _answers(pictures.features[known], class_features(encoder, names, sentences), right, words)
+    kinds = [about.kind for about in told]
+    notes = [*pictures.notes]
+    if left_out := len(pictures.samples) - len(known):
+        notes.append(f"{left_out} pictures of {dataset.name} are in no table of attacks and are left out.")
+    keys = [dataset.names[index] for index in indices]
+    return _result(names, indices, keys, kinds, answers, right, words, notes)
+
+
+# ---- words that are drawn --------------------------------------------------------------------------------------------
+
+
+def _drawn(
+    encoder: Encoder, dataset: ClipDataset, seed: int, sentences, pictures: EncodedPictures
+) -> TypographicResult:
+    dataset, notes = with_classes(dataset)
+    require_classes(dataset)
+    drawable = [can_be_drawn(name) for name in dataset.class_names]
+    if sum(drawable) < 2:
+        raise UserError(
+            f"No font here has the letters of the class names of {dataset.name}, such as {dataset.class_names[0]}, so "
+            "words cannot be drawn; give classes with names in Latin, Greek or Cyrillic letters."
+        )
+    right = right_classes(dataset, pictures.samples)
+    require_labelled(right, dataset)
+    rows = (right.any(1) & ~right.all(1)).nonzero().flatten().tolist()
+    firsts = [pictures.samples[row][0] for row in rows]
+    keys = [min(dataset.names[index] for index in pictures.samples[row]) for row in rows]
+    words = [_word(right[row], drawable, f"{seed} {key} word") for row, key in zip(rows, keys, strict=True)]
+    texts = {index: dataset.class_names[word] for index, word in zip(firsts, words, strict=True)}
+    chances = {index: f"{seed} {key}" for index, key in zip(firsts, keys, strict=True)}
+    found, features = encoder.images(_with_words(encoder.pictures(dataset), texts, chances), len(rows))
+    if found != firsts:
+        raise UserError(f"Pictures of {dataset.name} went away while it was measured; put them back and try again.")
+    classifier = class_features(encoder, dataset.class_names, sentences)
+    twice, both = right[rows].repeat(2, 1), torch.tensor(words * 2)
+    answers = _answers(torch.cat([pictures.features[rows], features]), classifier, twice, both)
+    kinds = [CLEAN] * len(rows) + [DRAWN] * len(rows)
+    return _result(dataset.class_names, firsts * 2, keys * 2, kinds, answers, twice, both, [*notes, *pictures.notes])
+
+
+def _word(right_c: Tensor, drawable: Sequence[bool], chance: str) -> int:
+    """A class that is not the picture's own."""
+    others = [number for number, mine in enumerate(right_c.tolist()) if not mine and drawable[number]]
+    return random.Random(chance).choice(others or [number for number, mine in enumerate(right_c.tolist()) if not mine])
+
+
+def _with_words(
+    pictures: Pictures, texts: Mapping[int, str], chances: Mapping[int, str]
 ) -> Iterator[tuple[list[int], Tensor]]:
-    dataset, start = pictures.dataset, 0
-    for found, images_u8 in image_batches(pictures, indices, BATCH):
-        written = [
-            write_word(image, dataset.class_names[words[start + row]], random.Random(f"{seed} {dataset.names[index]}"))
-            for row, (index, image) in enumerate(zip(found, images_u8, strict=True))
+    for found, images_u8 in image_batches(pictures, list(texts), BATCH):
+        drawn = [
+            write_word(image, texts[index], random.Random(chances[index]))
+            for index, image in zip(found, images_u8, strict=True)
         ]
-        start += len(found)
-        yield found, torch.stack(written)
+        yield found, torch.stack(drawn)
 
 
-def write_word(image_u8: Tensor, word: str, chance: random.Random) -> Tensor:
-    """uint8 [3, s, s] with the word drawn into it, whole, in a size, place and colours that `chance` decides."""
-    from PIL import Image, ImageDraw, ImageFont
-    from torchvision.transforms.functional import pil_to_tensor
+# ---- the same for both -----------------------------------------------------------------------------------------------
 
-    picture = Image.fromarray(image_u8.permute(1, 2, 0).contiguous().numpy())
-    size = picture.width
-    height = size * chance.uniform(*_HEIGHTS)
-    font = ImageFont.load_default(height)
-    left, top, right, bottom = font.getbbox(word)
-    if right - left > size * 0.95:
-        font = ImageFont.load_default(height * size * 0.95 / (right - left))
-        left, top, right, bottom = font.getbbox(word)
-    x = chance.uniform(0, max(0.0, size - (right - left)))
-    y = chance.uniform(0, max(0.0, size - (bottom - top)))
-    ink, ground = chance.choice((("black", "white"), ("white", "black"), ("yellow", "navy"), ("red", "white")))
-    draw = ImageDraw.Draw(picture, "RGBA")
-    if chance.choice(_GROUNDS):
-        draw.rectangle((x - 2, y - 2, x + right - left + 2, y + bottom - top + 2), fill=ground)
-    draw.text(
-        (x - left, y - top), word, fill=ink, font=font, stroke_width=max(1, round(height / 16)), stroke_fill=ground
+
+class _Answers(NamedTuple):
+    """bool [n]: the picture's own class is first, what is written is first, the own class is before what is written;
+    int64 [n]: which class is first."""
+
+    right: Tensor
+    word_first: Tensor
+    over_word: Tensor
+    first: Tensor
+
+
+def _answers(features_nd: Tensor, classifier_cd: Tensor, right_nc: Tensor, words_n: Tensor) -> _Answers:
+    """`words_n` are the classes that are written, -1 where nothing is. A tie is not a win for either."""
+    parts, classifier = [], classifier_cd.double().T
+    for start in range(0, len(features_nd), ROWS):
+        rows = slice(start, start + ROWS)
+        scores, right, words = features_nd[rows].double() @ classifier, right_nc[rows], words_n[rows]
+        word = torch.zeros_like(right)
+        word[(words >= 0).nonzero().flatten(), words[words >= 0]] = True
+        word_score = scores.masked_fill(~word, -torch.inf).amax(1, keepdim=True)
+        own_score = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+        pair = torch.cat([own_score, word_score], 1)
+        own = torch.tensor([[True, False]]).expand(len(pair), 2)
+        parts.append((
+            ranks_of(scores, right) == 1, (ranks_of(scores, word) == 1) & word.any(1), ranks_of(pair, own) == 1,
+            scores.argmax(1),
+        ))  # fmt: skip
+    return _Answers(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _result(
+    names: Sequence[str], indices: Sequence[int], keys: Sequence[str], kinds: Sequence[str], answers: _Answers,
+    right_nc: Tensor, words_n: Tensor, notes: Sequence[str],
+) -> TypographicResult:  # fmt: skip
+    has_word = words_n >= 0
+    by_kind = {}
+    for kind in dict.fromkeys(kinds):
+        by_kind[kind] = _shares(torch.tensor([found == kind for found in kinds]), answers, has_word)
+    attack_rows = torch.tensor([kind != CLEAN for kind in kinds])
+    under_attack = _shares(attack_rows, answers, has_word)
+    attacked = tuple(
+        Attacked(indices[row], keys[row], names[int(right_nc[row].int().argmax())],
+                 names[words_n[row]] if has_word[row] else "", kinds[row], names[answers.first[row]],
+                 bool(answers.right[row]), bool(answers.word_first[row]))
+        for row in attack_rows.nonzero().flatten().tolist()
+    )  # fmt: skip
+    return TypographicResult(
+        images=under_attack.images,
+        accuracy_clean=by_kind[CLEAN].accuracy if CLEAN in by_kind else None,
+        accuracy_under_attack=under_attack.accuracy,
+        word_wins=under_attack.word_wins,
+        notes=tuple(notes),
+        kinds=by_kind,
+        attacked=attacked,
     )
-    return pil_to_tensor(picture.convert("RGB"))
+
+
+def _shares(rows: Tensor, answers: _Answers, has_word: Tensor) -> Shares:
+    def share(values: Tensor) -> float:
+        return values.double().mean().item() if len(values) else 0.0
+
+    return Shares(
+        images=int(rows.sum()),
+        accuracy=share(answers.right[rows]),
+        word_wins=share(answers.word_first[rows]),
+        object_over_word=share(answers.over_word[rows & has_word]),
+    )
+
+
+# ---- the pictures that tell the models apart -------------------------------------------------------------------------
+
+
+def fooled_apart(
+    model: TypographicResult, baseline: TypographicResult | None, count: int = 8
+) -> list[tuple[Attacked, Attacked | None]]:
+    """(what the model makes of a picture, what the baseline does) for pictures that fool one of them and not the other,
+    first those that fool the baseline; without a baseline, those that fool the model. At most `count`."""
+    if baseline is None:
+        return [(found, None) for found in _spread([found for found in model.attacked if found.fooled], count)]
+    pairs = list(zip(model.attacked, baseline.attacked, strict=True))
+    better = [pair for pair in pairs if pair[1].fooled and not pair[0].fooled]
+    worse = [pair for pair in pairs if pair[0].fooled and not pair[1].fooled]
+    half = count // 2
+    better = _spread(better, max(half, count - len(worse)))
+    return better + _spread(worse, count - len(better))
+
+
+def _spread(items: list, count: int) -> list:
+    """At most so many of them, from the first to the last."""
+    return items if len(items) <= count else [items[number * len(items) // count] for number in range(count)]
+
+
+def attacked_picture(dataset: ClipDataset, attacked: Attacked, transform: Transform, seed: int):
+    """The picture as the models saw it, PIL: with its word drawn in anew where it was drawn."""
+    from PIL import Image
+
+    square = transform.load(dataset.path(attacked.index))
+    if attacked.kind == DRAWN:
+        square = write_word(square, attacked.word, random.Random(f"{seed} {attacked.name}"))
+    return Image.fromarray(square.permute(1, 2, 0).contiguous().numpy())

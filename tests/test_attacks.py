@@ -1,0 +1,377 @@
+"""Words written on pictures, one picture beside some texts, and the check of this program against published figures."""
+
+import csv
+import dataclasses
+import json
+import random
+
+import numpy
+import pytest
+import torch
+from clips import random_clip
+from pictures import class_folder, labels_folder
+from PIL import Image, ImageDraw
+from torch.nn import functional as F
+
+from clip_finetune.engine import UserError, build_network, eval_typographic, load_dataset, save_full_clip
+from clip_finetune.engine.cli import main
+from clip_finetune.engine.data.images import load_image, normalize
+from clip_finetune.engine.data.tokens import Tokenizer
+from clip_finetune.engine.data.transform import Transform
+from clip_finetune.engine.evaluate import features
+from clip_finetune.engine.evaluate.attacks import CLEAN, HAND_WRITTEN, SYNTHETIC, WrittenOn, attacks_in, load_attacks
+from clip_finetune.engine.evaluate.drawing import can_be_drawn, write_word
+from clip_finetune.engine.evaluate.ranking import rank_captions
+from clip_finetune.engine.evaluate.selfcheck import PUBLISHED, Figure, judge, selfcheck
+from clip_finetune.engine.evaluate.typographic import attacked_picture, fooled_apart
+from clip_finetune.engine.report.attack_charts import attack_chart, ranking_chart, share_chart
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_clip()
+
+
+def features_of(model, pictures, texts, template="{}"):
+    """Unit features by open_clip's own calls."""
+    network, tokenizer = build_network(model).eval(), Tokenizer(77)
+    with torch.no_grad():
+        images = F.normalize(network.encode_image(normalize(torch.stack(pictures))), dim=1)
+        return images.double(), F.normalize(network.encode_text(tokenizer(texts)), dim=1).double()
+
+
+# ---- words that are drawn --------------------------------------------------------------------------------------------
+
+
+def plain(side=64, shade=120):
+    return torch.full((3, side, side), shade, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "word", ["dog", "great white shark", "Übersee", "собака", "a" * 60, "aircraft carrier, flattop"]
+)
+def test_a_word_is_drawn_whole_and_the_same_for_the_same_chance(word):
+    for number in range(20):
+        one, other = (write_word(plain(), word, random.Random(number)) for _ in range(2))
+        assert torch.equal(one, other) and one.shape == (3, 64, 64) and one.dtype == torch.uint8
+        changed = (one != plain()).any(0)
+        assert changed.sum() > 5
+
+
+@pytest.mark.parametrize("word", ["dog", "a" * 60, "aircraft carrier, flattop", "W W W W W W W W W W W W W W"])
+def test_no_letter_is_cut_off(word, monkeypatch):
+    boxes = []
+
+    def drawn(self, place, text, font=None, stroke_width=0, **more):
+        boxes.append(self.multiline_textbbox(place, text, font=font, stroke_width=stroke_width, align="center"))
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "multiline_text", drawn)
+    for number in range(40):
+        write_word(plain(224), word, random.Random(number))
+    assert len(boxes) == 40
+    assert all(left >= -1 and top >= -1 and right <= 225 and bottom <= 225 for left, top, right, bottom in boxes)
+
+
+def test_words_differ_in_size_place_font_and_contrast():
+    drawn = [write_word(plain(), "dog", random.Random(number)) for number in range(30)]
+    assert len({picture.numpy().tobytes() for picture in drawn}) == 30
+    heights = {int((picture != plain()).any(0).any(1).sum()) for picture in drawn}
+    contrasts = {int(picture.max()) - int(picture.min()) for picture in drawn}
+    assert len(heights) > 5 and len(contrasts) > 2
+
+
+def test_letters_that_no_font_has_are_known():
+    assert can_be_drawn("dog") and can_be_drawn("кот") and not can_be_drawn("犬") and not can_be_drawn(" ")
+
+
+def drawn_reference(model, data, result, seed):
+    """The accuracies of the pictures as they were drawn, computed apart."""
+    import open_clip
+
+    transform = Transform(image_size=32)
+    pictures = [numpy.array(attacked_picture(data, found, transform, seed)) for found in result.attacked]
+    pictures = [torch.from_numpy(picture).permute(2, 0, 1) for picture in pictures]
+    network, tokenizer = build_network(model).eval(), Tokenizer(77)
+    classifier = open_clip.build_zero_shot_classifier(
+        network, lambda texts: tokenizer(texts), list(data.class_names), open_clip.SIMPLE_IMAGENET_TEMPLATES
+    )
+    with torch.no_grad():
+        answers = (F.normalize(network.encode_image(normalize(torch.stack(pictures))), dim=1) @ classifier).argmax(1)
+    names = [data.class_names[answer] for answer in answers.tolist()]
+    right = [name == found.shows for name, found in zip(names, result.attacked, strict=True)]
+    won = [name == found.word for name, found in zip(names, result.attacked, strict=True)]
+    return sum(right) / len(right), sum(won) / len(won)
+
+
+def test_accuracy_under_attack_is_that_of_the_pictures_as_they_are_shown(model, tmp_path):
+    data = load_dataset(class_folder(tmp_path / "classes", per_class=8))
+    result = eval_typographic(model, data, seed=5)
+    expected = drawn_reference(model, data, result, 5)
+    assert (result.accuracy_under_attack, result.word_wins) == pytest.approx(expected, abs=1e-6)
+    assert all(found.word != found.shows and found.kind == "drawn" for found in result.attacked)
+    assert result.as_dict().keys() >= {"accuracy_clean", "accuracy_under_attack", "word_wins"}
+
+
+def test_every_model_sees_the_same_words_whatever_the_order_the_batch_or_the_copies(model, tmp_path, monkeypatch):
+    folder = class_folder(tmp_path / "classes", per_class=4)
+    data = load_dataset(folder)
+    mine, others = (eval_typographic(one, data, seed=1) for one in (model, random_clip(seed=9)))
+    assert [(found.name, found.word) for found in mine.attacked] == [
+        (found.name, found.word) for found in others.attacked
+    ]
+    assert [found.word for found in eval_typographic(model, data, seed=2).attacked] != [w.word for w in mine.attacked]
+    monkeypatch.setattr(features, "BATCH", 3)
+    turned = eval_typographic(model, data.subset(list(reversed(range(len(data))))), seed=1)
+    assert turned.as_dict() == mine.as_dict()
+    # Copies, which come before or behind what they copy, count once.
+    for name in ("a copy.png", "z copy.png"):
+        (folder / "red" / name).write_bytes((folder / "red/0.png").read_bytes())
+    doubled = eval_typographic(model, load_dataset(folder), seed=1)
+    assert doubled.images == mine.images == 16
+
+
+def test_an_attack_needs_two_classes_whose_names_can_be_drawn(model, tmp_path):
+    with pytest.raises(UserError, match="has no classes"):
+        eval_typographic(model, load_dataset(labels_folder(tmp_path / "captions")))
+    for name in ("犬", "猫"):
+        (tmp_path / "cjk" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), "red" if name == "犬" else "blue").save(tmp_path / "cjk" / name / "1.png")
+    with pytest.raises(UserError, match="No font here has the letters"):
+        eval_typographic(model, load_dataset(tmp_path / "cjk"))
+
+
+def test_pictures_that_tell_two_models_apart_are_found(model, tmp_path):
+    result = eval_typographic(model, load_dataset(class_folder(tmp_path / "classes", per_class=8)))
+
+    def fooled(*numbers):
+        pictures = tuple(
+            dataclasses.replace(found, fooled=number in numbers) for number, found in enumerate(result.attacked)
+        )
+        return dataclasses.replace(result, attacked=pictures)
+
+    def places(pairs):
+        return [mine.index for mine, _ in pairs]
+
+    index = [found.index for found in result.attacked]
+    assert places(fooled_apart(fooled(1, 2), fooled(2, 5))) == [index[5], index[1]]
+    assert places(fooled_apart(fooled(*range(10)), fooled())) == [index[n * 10 // 8] for n in range(8)]
+    assert len(fooled_apart(fooled(*range(16)), fooled(*range(16, 32)))) == 8
+    assert fooled_apart(fooled(), fooled()) == []
+    assert places(fooled_apart(fooled(3), None)) == [index[3]]
+
+
+# ---- words that are on the pictures ----------------------------------------------------------------------------------
+
+SCAM = {"NoSCAM": CLEAN, "SCAM": HAND_WRITTEN, "SynthSCAM": SYNTHETIC}
+
+
+def scam_folder(folder, table="metadata.jsonl"):
+    """Six objects as SCAM has them: clean, hand-written and synthetic."""
+    folder.mkdir(parents=True)
+    rows = []
+    for kind in SCAM:
+        for number in range(6):
+            name = f"{kind}_{number}.png"
+            Image.new("RGB", (32, 32), (40 * number, 40 * len(kind) % 256, 200 - 30 * number)).save(folder / name)
+            rows.append({"file_name": name, "id": f"{kind}_{number}", "type": kind,
+                         "object_label": f"object_{number % 3}", "attack_word": f"word {number}"})  # fmt: skip
+    if table.endswith("jsonl"):
+        (folder / table).write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    else:
+        with open(folder / table, "w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    return folder
+
+
+@pytest.mark.parametrize("table", ["metadata.jsonl", "scam.csv"])
+def test_scams_layout_is_read_with_or_without_the_data_set_reader(tmp_path, table):
+    folder = scam_folder(tmp_path / "scam", table)
+    for data in (load_attacks(folder), load_dataset(folder, caption_column="object_label")):
+        known = attacks_in(data)
+        assert len(known) == len(data) == 18
+        named = {data.names[index]: found for index, found in known.items()}
+        assert named["SynthSCAM_4.png"] == WrittenOn("object 1", "word 4", SYNTHETIC)
+        assert {found.kind for found in known.values()} == set(SCAM.values())
+
+
+def test_real_attacks_are_counted_as_by_hand(model, tmp_path):
+    data = load_attacks(scam_folder(tmp_path / "scam"))
+    found = eval_typographic(model, data, templates="none")
+    names = sorted({f"object {n}" for n in range(3)} | {f"word {n}" for n in range(6)})
+    pictures, texts = features_of(model, [load_image(data.path(n), 32) for n in range(18)], names)
+    scores = pictures @ texts.T
+    for start, kind in ((0, CLEAN), (6, HAND_WRITTEN), (12, SYNTHETIC)):
+        rows = scores[start : start + 6]
+        objects = torch.tensor([names.index(f"object {n % 3}") for n in range(6)])
+        words = torch.tensor([names.index(f"word {n}") for n in range(6)])
+        shares = found.kinds[kind]
+        assert shares.images == 6
+        assert shares.accuracy == pytest.approx((rows.argmax(1) == objects).double().mean().item(), abs=1e-6)
+        assert shares.word_wins == pytest.approx((rows.argmax(1) == words).double().mean().item(), abs=1e-6)
+        over = rows.gather(1, objects[:, None]) > rows.gather(1, words[:, None])
+        assert shares.object_over_word == pytest.approx(over.double().mean().item(), abs=1e-6)
+    assert found.images == 12 and found.accuracy_clean == found.kinds[CLEAN].accuracy
+    attacked = (found.kinds[HAND_WRITTEN].accuracy + found.kinds[SYNTHETIC].accuracy) / 2
+    assert found.accuracy_under_attack == pytest.approx(attacked)
+    assert (
+        eval_typographic(model, data.subset(list(reversed(range(18)))), templates="none").as_dict() == found.as_dict()
+    )
+
+
+def test_rta_100s_names_are_read(model, tmp_path):
+    for number, (shows, word) in enumerate([("cup", "dog"), ("hot dog", "cat")]):
+        name = f"label={shows}_text={word}.jpg"
+        (tmp_path / "rta").mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32), (200 * number, 90, 90)).save(tmp_path / "rta" / name)
+    data = load_attacks(tmp_path / "rta")
+    assert sorted(found.word for found in attacks_in(data).values()) == ["cat", "dog"]
+    found = eval_typographic(model, data)
+    assert found.accuracy_clean is None and found.as_dict()["accuracy_clean"] is None and found.images == 2
+
+
+def test_a_folder_without_attacks_is_none_and_a_type_that_is_not_known_is_told(tmp_path):
+    assert load_attacks(class_folder(tmp_path / "classes")) is None and load_attacks(tmp_path / "nowhere") is None
+    (tmp_path / "classes/notes.csv").write_text("name,price\nfile_name,1\n")
+    assert load_attacks(tmp_path / "classes") is None
+    folder = scam_folder(tmp_path / "odd", "table.csv")
+    text = (folder / "table.csv").read_text().replace("SynthSCAM,object", "painted,object")
+    (folder / "table.csv").write_text(text)
+    with pytest.raises(UserError, match="of the type 'painted'; write clean, hand-written or synthetic"):
+        load_attacks(folder)
+
+
+def test_a_table_names_no_picture_outside_its_folder(tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "secret.png")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/t.csv").write_text("file_name,object_label,attack_word\n../secret.png,cup,dog\n")
+    assert load_attacks(tmp_path / "set") is None
+
+
+def test_the_command_attacks(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_full_clip(model, "tiny.safetensors")
+    class_folder(tmp_path / "classes")
+    scam_folder(tmp_path / "scam")
+    arguments = ["eval", "--model", "tiny.safetensors", "--typographic", "--json", "n.json", "--templates", "simple"]
+    for data in ("classes", "scam"):
+        assert main([*arguments, "--data", data]) == 0
+        (result,) = json.loads((tmp_path / "n.json").read_text())["models"]
+        assert ("zero_shot" in result) == (data == "classes")
+        assert set(result["typographic"]["kinds"]) == {"classes": {CLEAN, "drawn"}, "scam": set(SCAM.values())}[data]
+        assert "word wins" in capsys.readouterr().out
+
+
+# ---- one picture and some texts --------------------------------------------------------------------------------------
+
+
+def test_texts_are_ranked_by_cosine_and_shared_at_the_models_own_scale(model, tmp_path):
+    picture = Image.fromarray(numpy.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=numpy.uint8))
+    picture.save(tmp_path / "picture.png")
+    texts = ["a cat", "a dog", "a red square"]
+    images, expected = features_of(model, [load_image(tmp_path / "picture.png", 32)], texts)
+    cosines = (images @ expected.T)[0]
+    found = rank_captions(model, picture, ["a cat", "", "a dog", " a cat ", "a red square"])
+    assert found.texts == tuple(texts)
+    assert found.cosines == pytest.approx(cosines.tolist(), abs=1e-6)
+    scale = model.state_dict["logit_scale"].double().exp()
+    assert found.shares == pytest.approx((cosines * scale).softmax(0).tolist(), abs=1e-5)
+    assert found.logit_scale == pytest.approx(scale.item()) and sum(found.shares) == pytest.approx(1)
+    assert found.order == cosines.argsort(descending=True).tolist()
+    assert [line["text"] for line in found.as_dict()["texts"]] == [texts[place] for place in found.order]
+
+
+def test_ranking_needs_a_text_and_tells_of_long_ones(model):
+    picture = Image.new("RGB", (40, 40))
+    for texts in ([], ["", "  "]):
+        with pytest.raises(UserError, match="no text to rank; write one a line"):
+            rank_captions(model, picture, texts)
+    with pytest.raises(UserError, match="at most 1000"):
+        rank_captions(model, picture, [str(number) for number in range(1001)])
+    assert "longer than the model reads" in rank_captions(model, picture, ["word " * 100]).notes[0]
+    for mode in ("L", "RGBA", "P"):
+        assert rank_captions(model, Image.new(mode, (40, 40)), ["one"]).shares == (1.0,)
+
+
+# ---- charts ----------------------------------------------------------------------------------------------------------
+
+
+def test_charts_are_drawn_without_alpha_from_few_and_many_numbers():
+    picture = Image.new("RGB", (30, 20), "red")
+    groups = {"right, clean": {"baseline": 0.5, "model": 0.6}, "the word wins": {"baseline": 1.0, "model": 0.0}}
+    bare = attack_chart(groups, [])
+    sheet = attack_chart(groups, [(picture, "a $caption_")] * 8, title="t", heading="those:")
+    assert bare.mode == sheet.mode == "RGB" and sheet.height > bare.height + 400 and sheet.width == bare.width
+    assert share_chart({}).mode == "RGB"
+    plain_chart = share_chart(groups)
+    whiskers = share_chart(groups, intervals={"right, clean": {"model": (0.5, 0.7)}})
+    assert plain_chart.tobytes() != whiskers.tobytes()
+    confused = share_chart(groups, confused={"model": [("a", "b", 3)], "baseline": []})
+    assert confused.height > plain_chart.height
+    one = ranking_chart(picture, ["a $x_y^"], {"model": [1.0]}, {"model": [0.3]})
+    shares = {name: [0.05] * 20 for name in ("model", "baseline")}
+    many = ranking_chart(picture, ["text " * 40] * 20, shares, shares)
+    assert one.mode == many.mode == "RGB" and many.height > one.height
+
+
+# ---- the self-check --------------------------------------------------------------------------------------------------
+
+
+def test_the_verdict_names_the_right_activation():
+    figures = (Figure("top 1", "imagenet", 0.755, 0.004),)
+    good, bad, worse = ({"top 1": value} for value in (0.7541, 0.70, 0.3))
+    passed, words = judge("quick_gelu", figures, {"quick_gelu": good, "gelu": bad})
+    assert passed and "are right" in words
+    passed, words = judge("gelu", figures, {"gelu": bad, "quick_gelu": good})
+    assert not passed and "The activation is wrong" in words and "--activation quick_gelu" in words
+    passed, words = judge("gelu", figures, {"gelu": worse, "quick_gelu": bad})
+    assert not passed and "not reached with either" in words and "quick_gelu comes nearer" in words
+    assert [figure.value for figure in PUBLISHED] == [0.755, 0.611, 0.792]
+
+
+@pytest.fixture
+def sets(tmp_path):
+    """Stand-ins for ImageNet and COCO."""
+    class_folder(tmp_path / "imagenet", per_class=8)
+    labels_folder(tmp_path / "coco", 40)
+    return {"imagenet": tmp_path / "imagenet", "coco": tmp_path / "coco"}
+
+
+def test_the_self_check_measures_with_both_activations(model, sets):
+    from clip_finetune.engine import eval_retrieval, eval_zero_shot
+
+    # Of random weights so small that the activation hardly matters, larger ones.
+    model = model.derive({name: 20 * w for name, w in model.state_dict.items() if ".mlp." in name}, step="larger")
+    right = eval_retrieval(model, load_dataset(sets["coco"]))
+    values = (eval_zero_shot(model, load_dataset(sets["imagenet"])).top1, right.text_to_image["r5"],
+              right.image_to_text["r5"])  # fmt: skip
+    published = [dataclasses.replace(f, value=v, tolerance=1e-9) for f, v in zip(PUBLISHED, values, strict=True)]
+    found = selfcheck(model, **sets, published=published)
+    assert found.passed and found.activation == "quick_gelu" and set(found.measured) == {"quick_gelu", "gelu"}
+    assert found.measured["quick_gelu"] != found.measured["gelu"], "else this test shows nothing"
+    wrong = dataclasses.replace(model, architecture=dataclasses.replace(model.architecture, activation="gelu"))
+    told = selfcheck(wrong, **sets, published=published)
+    assert not told.passed and "--activation quick_gelu" in told.verdict
+    assert "measured (gelu)" in told.table() and told.as_dict()["figures"][0]["published"] == values[0]
+    alone = selfcheck(model, coco=sets["coco"], published=published)
+    assert [figure.on for figure in alone.figures] == ["coco", "coco"] and alone.passed
+
+
+def test_the_self_check_on_the_command_line(model, sets, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("IMAGENET", raising=False)
+    monkeypatch.delenv("COCO", raising=False)
+    assert main(["eval", "--selfcheck"]) == 1
+    told = capsys.readouterr().err
+    assert "The self-check measures on sets that are not here: give --imagenet" in told and told.count("\n") == 1
+    assert main(["eval", "--selfcheck", "--coco", str(tmp_path / "nowhere")]) == 1
+    assert "is no folder" in capsys.readouterr().err
+    save_full_clip(model, tmp_path / "tiny.safetensors")
+    swapped = ["--imagenet", str(sets["coco"]), "--model", str(tmp_path / "tiny.safetensors")]
+    assert main(["eval", "--selfcheck", *swapped]) == 1
+    assert "has no subfolder of pictures for each class" in capsys.readouterr().err
+    arguments = ["--imagenet", str(sets["imagenet"]), "--model", str(tmp_path / "tiny.safetensors")]
+    assert main(["eval", "--selfcheck", *arguments, "--json", str(tmp_path / "check.json")]) == 1
+    assert "published figures are not reached" in capsys.readouterr().out
+    assert json.loads((tmp_path / "check.json").read_text())["passed"] is False
+    assert main(["eval", "--model", "x"]) == 1 and "eval needs --model and --data" in capsys.readouterr().err
