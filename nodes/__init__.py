@@ -2,9 +2,18 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import dataset, evaluation, exports, host, models, pictures, training
+from . import attacks, comparison, dataset, evaluation, exports, host, models, pictures, training
 
-NODES = [*models.NODES, *exports.NODES, *dataset.NODES, *pictures.NODES, *training.NODES, *evaluation.NODES]
+NODES = [
+    *models.NODES,
+    *exports.NODES,
+    *dataset.NODES,
+    *pictures.NODES,
+    *training.NODES,
+    *evaluation.NODES,
+    *attacks.NODES,
+    *comparison.NODES,
+]
 
 
 class ClipFinetuneExtension(ComfyExtension):

@@ -20,9 +20,10 @@ from clip_finetune.engine.clip.full_clip import cast
 pytestmark = pytest.mark.comfyui
 
 NODES = [
-    "CLIPDatasetFromImages", "CombineCLIPDatasets", "ConvertCLIPCaptions", "EvalRetrieval", "EvalZeroShot",
-    "ExportClipG", "ExportClipL", "ExportClipLoRA", "FoldGmP", "InspectCLIPDataset", "LoadCLIPDataset", "LoadFullCLIP",
-    "MergeTEWithVision", "PrepareCLIPImages", "SaveFullCLIP", "TrainCLIP", "TrainCLIPGmP", "TransplantTower",
+    "BlendFullCLIP", "BlendSweep", "CLIPDatasetFromImages", "CombineCLIPDatasets", "CompareFullCLIP",
+    "ConvertCLIPCaptions", "EvalRetrieval", "EvalTypographic", "EvalZeroShot", "ExportClipG", "ExportClipL",
+    "ExportClipLoRA", "FoldGmP", "InspectCLIPDataset", "LoadCLIPDataset", "LoadFullCLIP", "MergeTEWithVision",
+    "PlotGmP", "PrepareCLIPImages", "RankCaptions", "SaveFullCLIP", "TrainCLIP", "TrainCLIPGmP", "TransplantTower",
 ]  # fmt: skip
 
 

@@ -6,8 +6,8 @@ import torch
 from clips import TINY, random_clip
 from torch.nn import functional as F
 
-from clip_finetune.engine import build_network, to_gmp
-from clip_finetune.engine.clip.network import checkpoint_activations
+from clip_finetune.engine import UserError, build_network, to_gmp
+from clip_finetune.engine.clip.network import checkpoint_activations, compile_blocks
 from clip_finetune.engine.openai import END, START
 
 CLOSE = dict(rtol=1e-10, atol=1e-12)
@@ -75,3 +75,27 @@ def test_checkpointed_activations_give_the_same_bits():
     assert network.visual.transformer.grad_checkpointing
     again = ours(network, images, tokens)
     assert all(torch.equal(again[2][name], gradient) for name, gradient in plain[2].items())
+
+
+@pytest.mark.soak
+def test_compiled_blocks_give_the_same_features_and_gradients():
+    images, tokens = torch.randn(3, 3, 32, 32, dtype=torch.float64), texts(5, 17, 11)
+    network = build_network(random_clip(), dtype=torch.float64)
+    plain = ours(network, images, tokens)
+    compile_blocks(network)
+    calls = []
+    for transformer in (network.transformer, network.visual.transformer):
+        run = transformer.compiled_block
+        transformer.compiled_block = lambda *inputs, run=run: calls.append(inputs) or run(*inputs)
+    again = ours(network, images, tokens)
+    assert len(calls) == 4
+    for name, gradient in plain[2].items():
+        torch.testing.assert_close(again[2][name], gradient, **CLOSE)
+
+
+def test_a_missing_compiler_is_told(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    torch._dynamo.reset()
+    with pytest.raises(UserError, match="torch.compile does not work here.*switch compile off"):
+        compile_blocks(build_network(random_clip(vision_width=128, vision_mlp_width=384)))

@@ -113,7 +113,7 @@ def stop_after(step):
     return progress
 
 
-@pytest.mark.parametrize("optimizer, gmp", [("adabelief", True), ("adamw", False)])
+@pytest.mark.parametrize("optimizer, gmp", [("adabelief", True), ("adamw", False), ("adafactor", True)])
 def test_a_run_stopped_at_any_step_ends_with_the_same_bits(model, data, tmp_path, optimizer, gmp):
     options = dict(optimizer=optimizer, gmp=gmp, micro_batch=2, validation=data)
     whole = run(model, data, tmp_path / "whole", **options)
@@ -578,7 +578,7 @@ def test_a_loss_that_is_not_a_number_stops_at_the_first_step_and_promises_nothin
     assert "kept" not in str(told.value) and not list((tmp_path / "other").glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("optimizer", ["adabelief", "adamw"])
+@pytest.mark.parametrize("optimizer", ["adabelief", "adamw", "adafactor"])
 def test_a_loss_that_becomes_infinite_names_the_step_and_leaves_no_trace(model, data, tmp_path, monkeypatch, optimizer):
     """Steps 7 to 9 run before the host reads the flag of step 6; the state is that of step 5 to the last bit."""
     from clip_finetune.engine.train import losses, metrics

@@ -135,7 +135,7 @@ def test_weight_decay_skips_embeddings_norms_biases_gmp_and_logit_scale():
     assert "text_projection" in decayed and "visual.conv1.weight" in decayed
 
 
-@pytest.mark.parametrize("optimizer", ["adabelief", "adamw"])
+@pytest.mark.parametrize("optimizer", ["adabelief", "adamw", "adafactor"])
 def test_decay_is_decoupled(optimizer):
     """Without a gradient a decayed weight shrinks by 1 − rate · decay, and nothing else moves."""
     network = build_network(random_clip())
@@ -258,7 +258,7 @@ def test_adabelief_is_the_librarys_to_the_last_bit(dtype, guarded, capsys):
             assert same_bits(library.state[one][key], chunked.state[other][key])
 
 
-@pytest.mark.parametrize("name", ["adabelief", "adamw"])
+@pytest.mark.parametrize("name", ["adabelief", "adamw", "adafactor"])
 @pytest.mark.parametrize("steps", [2, 9])
 def test_a_braked_step_changes_nothing(name, steps):
     """Before and after the switch of AdaBelief's rectification; the step after it is as if it had never been."""

@@ -71,12 +71,7 @@ class FullCLIP:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the architecture and of every tensor's name, dtype and bits."""
-        digest = hashlib.sha256(json.dumps(self.architecture.as_dict(), sort_keys=True).encode())
-        for name in sorted(self.state_dict):
-            tensor = self.state_dict[name].contiguous()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-        return digest.hexdigest()
+        return fingerprint_of(self.architecture, self.state_dict)
 
     def derive(
         self, changed: Mapping[str, Tensor], *, step: str, dropped: Iterable[str] = (), notes: Iterable[str] = ()
@@ -94,6 +89,16 @@ class FullCLIP:
             provenance={**self.provenance, "history": history},
             notes=(*self.notes, *(note for note in notes if note not in self.notes)),
         )
+
+
+def fingerprint_of(architecture: Architecture, tensors: Mapping[str, Tensor]) -> str:
+    """A hash of an architecture and of some tensors' names, dtypes and bits."""
+    digest = hashlib.sha256(json.dumps(architecture.as_dict(), sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 def load_full_clip(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import UserError, one_line
 from .architecture import Architecture
 from .full_clip import FullCLIP
 from .gmp import GmPLinear
@@ -92,18 +93,28 @@ def _network_class() -> type[nn.Module]:
             return self.positional_embedding.dtype
 
         def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
-            visual = self.visual
-            if not hasattr(visual, "transformer"):  # a ResNet
+            if not hasattr(self.visual, "transformer"):  # a ResNet
                 return super().encode_image(image, normalize)
-            states = visual._embeds(image)
-            pooled = _run_blocks(visual.transformer, states, torch.zeros_like(states[:, 0, 0], dtype=torch.int64))
-            features = visual.ln_post(pooled) @ visual.proj
+            features = self.image_features(self.image_states(image, 0), 0)
             return F.normalize(features, dim=-1) if normalize else features
+
+        def image_states(self, image: Tensor, blocks: int) -> Tensor:
+            """[n, t, d] behind the first `blocks` blocks of a vision transformer, at most all but the last."""
+            states = self.visual._embeds(image)
+            for block in self.visual.transformer.resblocks[:blocks]:
+                states = _run(self.visual.transformer, block, states, False)
+            return states
+
+        def image_features(self, states: Tensor, blocks: int) -> Tensor:
+            """`encode_image` from what `image_states` gave."""
+            first = torch.zeros(len(states), dtype=torch.int64, device=states.device)
+            pooled = _run_blocks(self.visual.transformer, blocks, states, first)
+            return self.visual.ln_post(pooled) @ self.visual.proj
 
         def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
             states = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
             # The end token has the highest number.
-            pooled = _run_blocks(self.transformer, states, text.argmax(dim=1), causal=True)
+            pooled = _run_blocks(self.transformer, 0, states, text.argmax(dim=1), causal=True)
             features = self.ln_final(pooled) @ self.text_projection
             return F.normalize(features, dim=-1) if normalize else features
 
@@ -113,9 +124,11 @@ def _network_class() -> type[nn.Module]:
 # ---- the forward pass ------------------------------------------------------------------------------------------------
 
 
-def _run_blocks(transformer: nn.Module, states_ntd: Tensor, pooled_n: Tensor, causal: bool = False) -> Tensor:
-    """What stands [n, d] at the positions `pooled_n` after all blocks."""
-    *blocks, last = transformer.resblocks
+def _run_blocks(
+    transformer: nn.Module, done: int, states_ntd: Tensor, pooled_n: Tensor, causal: bool = False
+) -> Tensor:
+    """What stands [n, d] at the positions `pooled_n` after all blocks, of which the first `done` are done."""
+    *blocks, last = transformer.resblocks[done:]
     for block in blocks:
         states_ntd = _run(transformer, block, states_ntd, causal)
     return _run(transformer, last, states_ntd, causal, pooled_n)
@@ -196,6 +209,28 @@ def checkpoint_activations(network: nn.Module) -> None:
     stages = [getattr(network.visual, f"layer{number}", ()) for number in range(1, STAGES + 1)]
     for block in itertools.chain(*stages):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """Let torch.compile make one program of a block of each tower; changes rounding only. A ResNet stays as it is.
+
+    Raises `UserError` where that cannot work, such as without a compiler.
+    """
+    compiled = torch.compile(_block, dynamic=True)
+    towers = [(network.transformer, True)]
+    if hasattr(network.visual, "transformer"):
+        towers.append((network.visual.transformer, False))
+    for transformer, causal in towers:
+        block = transformer.resblocks[0]
+        width, like = block.ln_1.normalized_shape[0], block.ln_1.weight
+        try:
+            compiled(block, torch.zeros(2, 3, width, dtype=like.dtype, device=like.device), causal)
+        except RuntimeError as error:  # torch's errors of compilers are such
+            raise UserError(
+                f"torch.compile does not work here ({one_line(error)}); switch compile off, or install a C compiler "
+                "(for a graphics card Triton too)."
+            ) from error
+        transformer.compiled_block = compiled
 
 
 def random_full_clip(architecture: Architecture, seed: int) -> FullCLIP:

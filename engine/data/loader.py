@@ -17,6 +17,7 @@ from .cache import PictureCache
 from .dataset import ClipDataset
 from .epochs import CaptionPolicy, Epochs, Pair, chance_of
 from .images import BrokenImage, MissingImage
+from .kept_features import KeptFeatures
 from .tokens import Tokenizer
 from .transform import Transform
 
@@ -32,13 +33,20 @@ _PROBED = 64
 
 class Batch(NamedTuple):
     """`images` uint8 [b, 3, s, s], `tokens` int64 [b, context]; `originals` and `texts` int64 [b], equal where two
-    pairs share the picture or the caption; `indices` into the data set."""
+    pairs share the picture or the caption; `indices` into the data set. A picture with features that are kept, which
+    `kept` has in its place, is not among the images; `views` go with it."""
 
     images: Tensor
     tokens: Tensor
     originals: Tensor
     texts: Tensor
     indices: list[int]
+    kept: Sequence[Tensor | None] = ()
+    views: Sequence[int] = ()
+
+    @property
+    def pairs(self) -> int:
+        return len(self.tokens)
 
 
 class Pictures:
@@ -90,8 +98,9 @@ class TrainLoader:
     def __init__(
         self, dataset: ClipDataset, image_size: int, tokenizer: Tokenizer, batch_size: int, seed: int, *,
         transform: Transform | None = None, policy: CaptionPolicy | None = None, cache: PictureCache | None = None,
-        max_broken: float = 1.0,
+        max_broken: float = 1.0, kept: KeptFeatures | None = None,
     ):  # fmt: skip
+        self.kept = kept
         self.dataset, self.tokenizer, self.batch_size = dataset, tokenizer, batch_size
         self.epochs = Epochs(dataset, seed, policy)
         self.steps_per_epoch = self.epochs.length // batch_size
@@ -127,7 +136,7 @@ class TrainLoader:
         for step, samples in self._decoded(start_step):
             if len(self.broken) > allowed:
                 raise self._too_many(len(self.dataset))
-            good = [sample for sample in samples if sample.image is not None]
+            good = [sample for sample in samples if sample.image is not None or sample.kept is not None]
             if len(good) < 2:
                 name, reason = next(iter(self.broken.items()))
                 raise UserError(
@@ -137,11 +146,13 @@ class TrainLoader:
             yield (
                 step,
                 Batch(
-                    torch.stack([sample.image for sample in good]),
+                    self._stacked([sample.image for sample in good if sample.image is not None]),
                     torch.stack([sample.tokens for sample in good]),
                     _numbered([sample.original for sample in good]),
                     _numbered([sample.pair.meaning for sample in good]),
                     [sample.pair.sample for sample in good],
+                    [sample.kept for sample in good],
+                    [sample.view for sample in good],
                 ),
             )
 
@@ -167,17 +178,28 @@ class TrainLoader:
 
     def _sample(self, turn: tuple[int, int, Pair]) -> _Sample:
         step, epoch, pair = turn
-        base = self._base(pair.sample)
-        if base is None:
+        view = self.kept.view_of(epoch) if self.kept is not None else 0
+        kept = self.kept.get(pair.sample, view) if self.kept is not None else None
+        image = None if kept is not None else self._image(pair, epoch, view)
+        if image is None and kept is None:
             return _Sample(step, pair, None, None, "")
-        transform = self.pictures.transform
-        chance = chance_of(self.epochs.seed, epoch, pair.entry, "picture") if transform.is_random else None
         if self.tokenizer.truncated(pair.caption):
             self.cut.add(hash(pair.caption))
-        return _Sample(
-            step, pair, transform.finish(base, chance), self.tokenizer([pair.caption])[0],
-            self.dataset.original(pair.sample),
-        )  # fmt: skip
+        tokens = self.tokenizer([pair.caption])[0]
+        return _Sample(step, pair, image, tokens, self.dataset.original(pair.sample), kept, view)
+
+    def _image(self, pair: Pair, epoch: int, view: int) -> Tensor | None:
+        """The picture of a turn; a view that is kept is the same in each epoch that it comes in."""
+        base, transform = self._base(pair.sample), self.pictures.transform
+        if base is None or not transform.is_random:
+            return base
+        seed = self.epochs.seed
+        turn = (seed, epoch, pair.entry, "picture") if self.kept is None else (seed, view, pair.sample, "view")
+        return transform.finish(base, chance_of(*turn))
+
+    def _stacked(self, images: list[Tensor]) -> Tensor:
+        size = self.pictures.transform.image_size
+        return torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
 
     def _base(self, index: int) -> Tensor | None:
         try:
@@ -193,13 +215,16 @@ class TrainLoader:
 
 
 class _Sample(NamedTuple):
-    """A turn with its picture uint8 [3, s, s] and tokens int64 [context], or None for a broken picture."""
+    """A turn with its picture uint8 [3, s, s], or what is kept of it, and tokens int64 [context]; None for a broken
+    picture."""
 
     step: int
     pair: Pair
     image: Tensor | None
     tokens: Tensor | None
     original: str
+    kept: Tensor | None = None
+    view: int = 0
 
 
 def allowed_broken(share: float, count: int) -> float:

@@ -72,6 +72,11 @@ class Transform:
         versions = f"Pillow {PIL.__version__}" + (f", torch {torch.__version__}" if self.resize == "fast" else "")
         return f"1/{self.image_size}/{base}/{_rgb(self.background)}/{self.resize}/{versions}"
 
+    @property
+    def chance_name(self) -> str:
+        """Equal for transforms that make the same of a `base` and equal chances."""
+        return f"{self.square}/{self.random_share}/{self.flip}/{self.jitter}" if self.is_random else ""
+
     def load(self, path: str | os.PathLike, chance: random.Random | None = None) -> Tensor:
         """uint8 [3, image_size, image_size]; raises `BrokenImage`."""
         return self.finish(self.base(path), chance)

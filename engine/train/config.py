@@ -65,7 +65,11 @@ class TrainConfig:
         "infonce", "What the training makes small. "
         + "; ".join(f"{name}: {loss.words}" for name, loss in LOSSES.items()) + ".", choices=tuple(LOSSES),
     )  # fmt: skip
-    optimizer: str = _option("adabelief", "The optimizer.", choices=("adabelief", "adamw"))
+    optimizer: str = _option(
+        "adabelief", "The optimizer. adafactor needs the least memory (no moments of the size of the weights); its "
+        "learning_rate is a share of each weight's usual size, so give it about 50 times more than the others.",
+        choices=("adabelief", "adamw", "adafactor"),
+    )  # fmt: skip
     weight_decay: float = _option(
         0.01, "Pulls the weights of linear layers towards zero, in proportion to the learning rate.",
         min=0.0, max=1.0, step=0.001,
@@ -187,6 +191,19 @@ class TrainConfig:
     picture_cache_gb: float = _option(
         20.0, "Decoded pictures are kept on the disk, up to this size and half of the free space, so that each is "
         "decoded once and not once an epoch. 0 keeps none.", min=0.0, max=100_000.0, step=1.0, bookkeeping=True,
+    )  # fmt: skip
+    keep_features: bool = _option(
+        True, "Where the vision tower, or its first blocks with the embeddings, is frozen: run that part once for each "
+        "picture and keep what it gives, as far as there is room (picture_cache_gb).", bookkeeping=True,
+    )  # fmt: skip
+    picture_views: int = _option(
+        0, "With a frozen vision tower and pictures that are flipped, jittered or cropped at random: so many variants "
+        "of each picture, which come in turn, so that they can be kept too. 0 makes new ones each time.",
+        min=0, max=1000,
+    )  # fmt: skip
+    compile: bool = _option(
+        False, "Let torch.compile make one program of each block: faster on graphics cards, after a minute of work at "
+        "the start. It needs a C compiler, which portable ComfyUI for Windows lacks.", bookkeeping=True,
     )  # fmt: skip
 
     def __post_init__(self):

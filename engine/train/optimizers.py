@@ -115,10 +115,14 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, learning_rate: float, f
 
 
 def build_optimizer(config: TrainConfig, groups: Iterable[dict]) -> torch.optim.Optimizer:
-    """AdaBelief of adabelief-pytorch (Zhuang et al. 2020, arXiv:2010.07468) or torch's AdamW; decay is decoupled."""
+    """AdaBelief of adabelief-pytorch (Zhuang et al. 2020, arXiv:2010.07468), torch's AdamW or torch's Adafactor
+    (Shazeer and Stern 2018, arXiv:1804.04235), which has no momentum, so that the betas do nothing; decay is decoupled.
+    """
     betas = (config.beta1, config.beta2)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+    if config.optimizer == "adafactor":
+        return _Adafactor(groups, lr=config.learning_rate)
     from .adabelief import ChunkedAdaBelief
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its settings
@@ -126,6 +130,15 @@ def build_optimizer(config: TrainConfig, groups: Iterable[dict]) -> torch.optim.
             list(groups), lr=config.learning_rate, betas=betas, eps=1e-16, weight_decouple=True, rectify=True,
             print_change_log=False,
         )  # fmt: skip
+
+
+class _Adafactor(torch.optim.Adafactor):
+    """It asks the device whether the step is finite, and waits for the answer."""
+
+    def step(self, closure=None):
+        stopped = self.__dict__.pop("found_inf", False)  # which torch's own does not take
+        if not bool(stopped):
+            super().step(closure)
 
 
 def forget_steps(optimizer: torch.optim.Optimizer, count: int) -> None:

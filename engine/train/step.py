@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..clip.full_clip import FullCLIP
-from ..clip.network import checkpoint_activations
+from ..clip.network import checkpoint_activations, compile_blocks
 from ..data.images import normalize
 from ..data.loader import Batch
 from ..data.tokens import cut_to_longest
@@ -21,6 +21,7 @@ from . import checkpoints
 from .compute import DTYPES, choose_micro_batch, out_of_memory
 from .config import TrainConfig
 from .freezing import stage_at, trains_at_all, trains_in_stage
+from .frozen_vision import FrozenVision
 from .gradients import GradientMeter, Norms
 from .large_batch import Side, batch_gradients
 from .losses import LOSSES, positive_pairs
@@ -62,6 +63,7 @@ class TrainingStep:
         self.model, self.config, self.device, self.total_steps = model, config, device, total_steps
         self.say, self.check_cancelled, self.timed = say, check_cancelled, timed
         self.whole = True
+        self.frozen_vision: FrozenVision | None = None  # where what it gives is kept
         self.stage: int | None = None
         architecture = model.architecture
         self.weights = TrainedWeights(
@@ -71,6 +73,8 @@ class TrainingStep:
         scale_neurons(self.network, parse_neurons(config.scale_neurons, architecture))
         if config.activation_checkpointing:
             checkpoint_activations(self.network)
+        if config.compile:
+            compile_blocks(self.network)
         self.loss = LOSSES[config.loss].make(config.temperature, config.label_smoothing).to(device)
         self.trained = self.weights.masters | dict(self.loss.named_parameters())
         if not self.trained.keys() - SCALARS:
@@ -105,11 +109,11 @@ class TrainingStep:
         """The loss; its gradients lie at the masters. What does not fit in memory is tried again in smaller parts."""
         positives = positive_pairs(batch.originals, batch.texts).to(self.device, non_blocking=True)
         logit_scale = self.network.logit_scale
-        sides = (Side(self._encode_images, batch.images, self.trains_vision),
-                 Side(self._encode_texts, cut_to_longest(batch.tokens), self.trains_text))  # fmt: skip
+        texts = Side(self._encode_texts, cut_to_longest(batch.tokens), self.trains_text)
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             try:
+                sides = (self._image_side(batch), texts)
                 if begins and hasattr(self.loss, "begin"):
                     features = [side.features(self.micro_batch, self.check_cancelled) for side in sides]
                     self.loss.begin(*features, logit_scale, positives)
@@ -124,7 +128,7 @@ class TrainingStep:
                 self.weights.finish_gradients()
                 return loss
             except (RuntimeError, MemoryError) as error:
-                parts = min(self.micro_batch, len(batch.images))
+                parts = min(self.micro_batch, batch.pairs)
                 if not out_of_memory(error) or parts == 1:
                     raise
                 traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
@@ -161,8 +165,19 @@ class TrainingStep:
         self.weights.refresh()
         return finite, norms
 
+    def pictures(self, images_u8: Tensor) -> Tensor:
+        """What the network reads, on the device."""
+        return normalize(images_u8.to(self.device, non_blocking=True), self.network.dtype)
+
+    def _image_side(self, batch: Batch) -> Side:
+        frozen = self.frozen_vision
+        if frozen is None:
+            return Side(self._encode_images, batch.images, self.trains_vision)
+        with self.timed("forward"):
+            return Side(frozen.encode, frozen.inputs(batch), self.trains_vision)
+
     def _encode_images(self, images_u8: Tensor) -> Tensor:
-        return self.network.encode_image(normalize(images_u8.to(self.device, non_blocking=True), self.network.dtype))
+        return self.network.encode_image(self.pictures(images_u8))
 
     def _encode_texts(self, tokens: Tensor) -> Tensor:
         return self.network.encode_text(tokens.to(self.device, non_blocking=True))

@@ -23,7 +23,7 @@ from ..data.epochs import Epochs, with_template
 from ..data.loader import Batch, TrainLoader
 from ..data.tokens import Tokenizer
 from ..errors import UserError
-from ..evaluate.features import BrokenModel, Encoder, with_trained_transform
+from ..evaluate.features import BrokenModel, EncodedPictures, Encoder, encode_pictures, with_trained_transform
 from ..evaluate.retrieval import retrieval_of
 from ..report.charts import loss_chart
 from ..report.tables import table
@@ -31,6 +31,7 @@ from .compute import out_of_memory, resolve_device, resolve_precision
 from .config import TrainConfig
 from .description import describe_run
 from .freezing import stage_at
+from .frozen_vision import FrozenVision
 from .metrics import PendingSteps
 from .preparation import (
     caption_policy_of,
@@ -115,7 +116,7 @@ class Training:
         self.device: torch.device = device
         self.notes: Notes = notes
         self.on_progress, self.check_cancelled = on_progress, check_cancelled
-        self.precision = resolve_precision(config.precision, device)
+        self.precision = resolve_precision(config.precision, device, model.architecture.text_width)
         self.cache_folder: str | os.PathLike | None = cache_folder
         self.transform = transform_of(config, model.architecture.image_size)
         self.steps_per_epoch: int = steps_per_epoch
@@ -125,6 +126,7 @@ class Training:
         self.stage: int | None = None
         self.validated: int | None = None  # the step whose validation is in the metrics
         self.best: dict[str, float] | None = None
+        self.validation_pictures: EncodedPictures | None = None  # where the tower that encodes them does not train
         self.saved_step: int | None = None
         self.steps: list[dict[str, Any]] = []
         self.validations: list[dict[str, Any]] = []
@@ -200,8 +202,8 @@ class Training:
             "step": self.step + 1,
             "epoch": round((self.step + 1) / self.steps_per_epoch, 6),
             "learning_rate": outcome.rates,
-            "micro_batch": min(self.work.micro_batch, len(batch.images)),
-            "pairs": len(batch.images),
+            "micro_batch": min(self.work.micro_batch, batch.pairs),
+            "pairs": batch.pairs,
         }
         self.pending.add(record, outcome.loss, outcome.logit_scale, outcome.finite, outcome.norms)
         self.step += 1
@@ -268,7 +270,10 @@ class Training:
             check_cancelled=self.check_cancelled,
         )  # fmt: skip
         try:
-            measured = retrieval_of(encoder, self.validation)
+            pictures = self.validation_pictures or encode_pictures(encoder, self.validation)
+            if self.config.towers == "text":
+                self.validation_pictures = pictures
+            measured = retrieval_of(encoder, self.validation, pictures=pictures)
         except BrokenModel as error:
             raise UserError(f"The validation at step {self.step} failed: {error} Try a lower learning_rate.") from error
         finally:
@@ -412,9 +417,11 @@ class Training:
         config, self.cache = self.config, None
         if self.cache_folder is not None and config.picture_cache_gb:
             self.cache = PictureCache(self.cache_folder, int(config.picture_cache_gb * 1e9), self.notes.append)
+        frozen = self.work.frozen_vision = FrozenVision.of(self.work, self.train_set, self.transform, self.cache)
         self.loader = TrainLoader(
             self.train_set, self.transform.image_size, self.tokenizer, self.batch_size, config.seed,
             transform=self.transform, policy=caption_policy_of(config), cache=self.cache, max_broken=config.max_broken,
+            kept=frozen and frozen.kept,
         )  # fmt: skip
         try:
             self.loader.probe()
