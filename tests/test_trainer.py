@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from clip_finetune.engine import TrainConfig, UserError, load_dataset, load_full_clip, to_gmp, train
 from clip_finetune.engine.clip.files import same_bits
 from clip_finetune.engine.train import weights
-from clip_finetune.engine.train.compute import choose_micro_batch
 from clip_finetune.engine.train.gradients import GradientMeter
 from clip_finetune.engine.train.losses import LOSSES
 from clip_finetune.engine.train.parts import part_of
@@ -625,12 +624,3 @@ def test_weights_that_are_not_finite_are_never_saved(model, data, tmp_path, monk
 def test_fp16_without_a_graphics_card_is_refused(model, data, tmp_path):
     with pytest.raises(UserError, match="needs a CUDA graphics card"):
         run(model, data, tmp_path / "run", precision="fp16")
-
-
-def test_the_micro_batch_shrinks_with_the_model():
-    from clips import TINY, VIT_L_14
-
-    cpu = torch.device("cpu")
-    assert choose_micro_batch(TINY, 64, "fp32", cpu, False) == 64
-    # 566 MB a pair in fp32, of a budget of 4 GB.
-    assert choose_micro_batch(VIT_L_14, 64, "fp32", cpu, False) == 7

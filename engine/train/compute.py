@@ -1,20 +1,10 @@
-"""Where and in which number format a training computes, and how much of a batch goes through at once."""
+"""Where and in which number format a training computes."""
 
 from __future__ import annotations
 
 import torch
 
-from ..clip.architecture import Architecture
-from ..clip.resnet import resnet_values
 from ..errors import UserError
-
-# Bytes kept for backward, per value of a tower's residual stream, in units of that value's size: measured on ViT-L/14
-# (286 MB a pair in bf16 and 566 MB in fp32 for 7.0 M values), and with activation checkpointing (28 MB).
-_KEPT_PER_VALUE, _KEPT_CHECKPOINTED = 20, 2
-# The same per value that a ResNet's stem and blocks give out: measured on RN50 in fp32 on the CPU (102 MB a picture, or
-# 40 MB, for 6.3 M values), and a quarter more for the workspaces of a graphics card's convolutions.
-_KEPT_OF_RESNET, _KEPT_OF_RESNET_CHECKPOINTED = 5, 2
-_CPU_BUDGET = 4e9
 
 # Measured on cores with AVX512-BF16: bf16 takes 1.1 times as long as fp32 at a width of 64, 0.57 at 256, 0.41 at 512.
 _WIDE = 256
@@ -52,25 +42,6 @@ def _multiplies_bf16() -> bool:
     """Whether this processor has instructions for products of bf16 matrices, as far as torch tells."""
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)
-
-
-def choose_micro_batch(
-    architecture: Architecture, batch_size: int, precision: str, device: torch.device, checkpointing: bool
-) -> int:
-    """The largest micro-batch up to `batch_size` whose activations fit in the memory that is free now, by estimate."""
-    per_pair = _kept_values(architecture, checkpointing) * (4 if precision == "fp32" else 2)
-    free = torch.cuda.mem_get_info(device)[0] * 0.8 if device.type == "cuda" else _CPU_BUDGET
-    return max(1, min(batch_size, int(free / per_pair)))
-
-
-def _kept_values(a: Architecture, checkpointing: bool) -> int:
-    """How many values both towers keep for the backward pass of one pair."""
-    kept = _KEPT_CHECKPOINTED if checkpointing else _KEPT_PER_VALUE
-    text = kept * a.text_layers * a.context_length * a.text_width
-    if not a.resnet:
-        return text + kept * a.vision_layers * (a.grid**2 + 1) * a.vision_width
-    kept = _KEPT_OF_RESNET_CHECKPOINTED if checkpointing else _KEPT_OF_RESNET
-    return text + kept * resnet_values(a.vision_width, a.vision_layers, a.grid)
 
 
 def out_of_memory(error: BaseException) -> bool:

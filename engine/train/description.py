@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -32,6 +33,7 @@ def describe_run(training: Training, identity: Mapping[str, Any], origins: Mappi
             "groups": training.work.group_rows,
             "batch_size": training.batch_size,
             "micro_batch": training.work.micro_batch,
+            "memory_forecast_bytes": dataclasses.asdict(training.memory),
             "steps_per_epoch": training.steps_per_epoch,
             "total_steps": training.total_steps,
             "precision": training.precision,

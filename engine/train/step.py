@@ -18,13 +18,14 @@ from ..data.loader import Batch
 from ..data.tokens import cut_to_longest
 from ..errors import UserError
 from . import checkpoints
-from .compute import DTYPES, choose_micro_batch, out_of_memory
+from .compute import DTYPES, out_of_memory
 from .config import TrainConfig
 from .freezing import stage_at, trains_at_all, trains_in_stage
 from .frozen_vision import FrozenVision
 from .gradients import GradientMeter, Norms
 from .large_batch import Side, batch_gradients
 from .losses import LOSSES, positive_pairs
+from .memory import fitting_micro_batch
 from .neurons import parse_neurons, scale_neurons
 from .optimizers import build_optimizer, forget_steps, group_table, parameter_groups, set_learning_rates
 from .parts import SCALARS
@@ -85,10 +86,8 @@ class TrainingStep:
         self.group_rows = group_table(groups, config.learning_rate)
         self.broken = torch.zeros((), device=device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.micro_batch = config.micro_batch or choose_micro_batch(
-            architecture, batch_size, precision, device, config.activation_checkpointing
-        )
         self._enter_stage(0)
+        self.micro_batch = config.micro_batch or fitting_micro_batch(self, batch_size)
 
     # ---- the step --------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset
 from ..data.epochs import Epochs, with_template
 from ..data.loader import Batch, TrainLoader
-from ..data.tokens import Tokenizer
+from ..data.tokens import Tokenizer, cut_to_longest
 from ..errors import UserError
 from ..evaluate.features import BrokenModel, EncodedPictures, Encoder, encode_pictures, with_trained_transform
 from ..evaluate.retrieval import retrieval_of
@@ -32,6 +32,7 @@ from .config import TrainConfig
 from .description import describe_run
 from .freezing import stage_at
 from .frozen_vision import FrozenVision
+from .memory import forecast, require_memory
 from .metrics import PendingSteps
 from .preparation import (
     caption_policy_of,
@@ -46,6 +47,8 @@ from .profile import Profile
 from .results import Notes, Progress, TrainResult
 from .run_folder import RunFolder, claim_run_folder
 from .step import TrainingStep
+
+_LOOKED_AT = 256  # captions that are looked at for how long the texts are
 
 
 def train(
@@ -143,6 +146,7 @@ class Training:
         remove_parts(self.folder.path)
         self._build()
         self._open_pictures()
+        self._foresee_memory()
         self.describe = functools.partial(describe_run, self, identity, origins)
         self.describe()
         if state is not None:
@@ -428,6 +432,19 @@ class Training:
         except BaseException:
             self._close_pictures()
             raise
+
+    def _foresee_memory(self) -> None:
+        """Tell how much memory the run takes; raises `UserError` if the device has not that much."""
+        some = range(0, len(self.train_set), max(1, len(self.train_set) // _LOOKED_AT))
+        longest = [max(self.train_set.training_captions(index), key=len) for index in some]
+        length = cut_to_longest(self.tokenizer(longest)).shape[1]
+        try:
+            require_memory(self.work, self.batch_size, length)
+        except UserError:
+            self._close_pictures()
+            raise
+        self.memory = forecast(self.work, self.batch_size, self.work.micro_batch, length)
+        self.notes.append(str(self.memory))
 
     def _close_pictures(self) -> None:
         self.loader.close()
