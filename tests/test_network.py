@@ -1,12 +1,15 @@
 """The forward pass against open_clip's own, in float64: features and gradients."""
 
+import copy
+
 import open_clip
 import pytest
 import torch
 from clips import TINY, random_clip
 from torch.nn import functional as F
 
-from clip_finetune.engine import UserError, build_network, to_gmp
+from clip_finetune.engine import UserError, build_network, load_full_clip, to_gmp
+from clip_finetune.engine.clip.files import same_bits
 from clip_finetune.engine.clip.network import checkpoint_activations, compile_blocks
 from clip_finetune.engine.openai import END, START
 
@@ -99,3 +102,16 @@ def test_a_missing_compiler_is_told(monkeypatch):
     torch._dynamo.reset()
     with pytest.raises(UserError, match="torch.compile does not work here.*switch compile off"):
         compile_blocks(build_network(random_clip(vision_width=128, vision_mlp_width=384)))
+
+
+@pytest.mark.parametrize("gmp", [False, True])
+def test_a_network_is_copied_pickled_and_opened_again(tmp_path, gmp):
+    model = to_gmp(random_clip()) if gmp else random_clip()
+    network = build_network(model)
+    torch.save(network, tmp_path / "network.pt")
+    again = torch.load(tmp_path / "network.pt", weights_only=False)
+    opened = load_full_clip(tmp_path / "network.pt").state_dict
+    assert all(same_bits(opened[name], tensor) for name, tensor in model.state_dict.items())
+    tokens = texts(5, 17, 11)
+    for other in (copy.deepcopy(network), again):
+        assert torch.equal(other.encode_text(tokens), network.encode_text(tokens))

@@ -118,7 +118,14 @@ def _network_class() -> type[nn.Module]:
             features = self.ln_final(pooled) @ self.text_projection
             return F.normalize(features, dim=-1) if normalize else features
 
+    CLIP.__qualname__ = "CLIP"  # where pickle finds it, by __getattr__
     return CLIP
+
+
+def __getattr__(name: str):
+    if name == "CLIP":
+        return _network_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # ---- the forward pass ------------------------------------------------------------------------------------------------

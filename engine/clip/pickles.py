@@ -62,7 +62,7 @@ _KNOWN = re.compile(
 )
 # Classes and functions that published models and training checkpoints name. Each is replaced by a stub.
 _STUBBED = re.compile(
-    r"(clip|gmpclip|orgclip|orgclipnosha|longclip|open_clip|model|__main__|pytorch_lightning|lightning"
+    r"(clip|clip_finetune|gmpclip|orgclip|orgclipnosha|longclip|open_clip|model|__main__|pytorch_lightning|lightning"
     r"|transformers\.(models\.clip|activations)|torch\.nn\.(modules|functional)|torch\._C\._nn|__torch__|torch\.jit\._pickle)(\.\w+)+"
     r"|numpy\.(dtype|core\.multiarray\.scalar|_core\.multiarray\.scalar)|_codecs\.encode"
     r"|argparse\.Namespace|pathlib\.(Posix|Windows)Path"
