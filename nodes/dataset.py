@@ -53,7 +53,8 @@ class LoadCLIPDataset(io.ComfyNode):
             category=CATEGORY,
             description="Opens a folder of captioned pictures: text files beside the pictures, a labels JSON, a CSV "
             "with the columns image and caption, what kohya's scripts, COCO and Hugging Face have, or a subfolder for "
-            "each class. The folder lies in ComfyUI's datasets or input folder.",
+            "each class. The folder lies in ComfyUI's datasets or input folder, or, with captions beside the pictures, "
+            "in its output folder.",
             search_aliases=["captions", "training images", "kohya", "coco"],
             inputs=[
                 io.Combo.Input("folder", options=host.list_datasets(), tooltip=_FOLDER_TOOLTIP),

@@ -19,6 +19,7 @@ import torch
 from server import PromptServer
 
 from ..engine.clip.reading import INDEX_SUFFIX
+from ..engine.data.folder_captions import holds_captioned_pictures
 from ..engine.errors import UserError
 
 MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -29,6 +30,7 @@ PRETRAINED = (
 _PRETRAINED_PREFIX = "pretrained: "
 _RUNS = "clip_finetune"
 _MAX_FINGERPRINTED = 50_000
+_MOST_LOOKED_INTO = 1000  # folders of the output folder, each time that the list is made
 
 
 def register_folders() -> None:
@@ -71,17 +73,25 @@ def find_model(name: str) -> str:
 
 
 def _dataset_folders() -> dict[str, str]:
-    """Folders below the datasets roots (two levels) and the input folder, by the name that is shown."""
+    """Folders below the datasets roots (two levels) and the input folder, and those below the output folder (two
+    levels) in which captions lie beside pictures, by the name that is shown: one that is taken begins with where the
+    folder lies."""
+    places = [("datasets", root, _subfolders(root, 2)) for root in folder_paths.get_folder_paths("datasets")]
+    root = folder_paths.get_input_directory()
+    places.append(("input", root, _subfolders(root, 1)))
+    places.append(("output", *_captioned_output()))
     found: dict[str, str] = {}
-    roots = [(root, 2) for root in folder_paths.get_folder_paths("datasets")]
-    for root, depth in [*roots, (folder_paths.get_input_directory(), 1)]:
-        for name in _subfolders(root, depth):
-            if name in found:
-                name_shown, path = f"input/{name}", os.path.join(root, name)
-                found.setdefault(name_shown, path)
-            else:
-                found[name] = os.path.join(root, name)
+    for place, root, names in places:
+        for name in names:
+            found.setdefault(f"{place}/{name}" if name in found else name, os.path.join(root, name))
     return found
+
+
+def _captioned_output() -> tuple[str, list[str]]:
+    """The output folder and those of its subfolders in which captions lie beside pictures, runs of trainings aside."""
+    root = folder_paths.get_output_directory()
+    names = [name for name in _subfolders(root, 2) if name.split("/")[0] != _RUNS]
+    return root, [name for name in names[:_MOST_LOOKED_INTO] if holds_captioned_pictures(os.path.join(root, name))]
 
 
 def _subfolders(root: str, depth: int, prefix: str = "") -> list[str]:
@@ -108,7 +118,7 @@ def find_dataset(name: str) -> str:
     if name not in folders:
         raise UserError(
             f"{name!r} is not among the data set folders; put your pictures into a folder inside ComfyUI's datasets or "
-            "input folder, press R to refresh the list, and choose it."
+            "input folder (or, with captions beside them, output), press R to refresh the list, and choose it."
         )
     return folders[name]
 

@@ -1,7 +1,9 @@
 """Fixtures shared by all tests."""
 
+import contextlib
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,29 @@ def screenshot(request, browser_page):
             browser_page.screenshot(path=file)
 
     return take
+
+
+@pytest.fixture
+def ordinary_user():
+    """(a folder that anyone may enter, a context in which this process may read only what an ordinary user may).
+
+    Whatever is imported for the first time in it may not be found: do before it once what is done in it.
+    """
+    if not hasattr(os, "seteuid"):
+        pytest.skip("permissions are POSIX's here")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder), _as_nobody if os.geteuid() == 0 else contextlib.nullcontext
+
+
+@contextlib.contextmanager
+def _as_nobody():
+    """Root may read everything, and so may its processes, until they take another user's rights."""
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 @pytest.fixture

@@ -188,7 +188,7 @@ def scam_folder(folder, table="metadata.jsonl"):
 @pytest.mark.parametrize("table", ["metadata.jsonl", "scam.csv"])
 def test_scams_layout_is_read_with_or_without_the_data_set_reader(tmp_path, table):
     folder = scam_folder(tmp_path / "scam", table)
-    for data in (load_attacks(folder), load_dataset(folder, caption_column="object_label")):
+    for data in (load_attacks(folder), load_dataset(folder), load_dataset(folder, caption_column="object_label")):
         known = attacks_in(data)
         assert len(known) == len(data) == 18
         named = {data.names[index]: found for index, found in known.items()}

@@ -121,6 +121,38 @@ def test_images_and_texts_of_other_nodes_are_a_data_set_and_stay_the_same_one(co
     assert "9" in result["executed"] and not (comfyui.base / "output/clip_finetune/from_images_2").exists()
 
 
+def test_what_core_saves_into_the_output_folder_is_listed_and_read(comfyui):
+    labels_folder(comfyui.base / "datasets/taken", 8)
+    for name in ("made", "sets/taken", "taken"):
+        prompt = {
+            "1": node("EmptyImage", width=16, height=16, batch_size=1, color=255),
+            "2": node("StringConcatenate", string_a="a", string_b="picture", delimiter=" "),
+            "3": node("SaveImageTextDataSetToFolder", images=["1", 0], texts=["2", 0], folder_name=name,
+                      filename_prefix="image", mode="increment"),
+        }  # fmt: skip
+        succeed(comfyui, prompt)
+    for name in ("clip_finetune/a_run", "clip_finetune/captioned", "pictures"):
+        folder = comfyui.base / "output" / name
+        folder.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "chart.png")
+        (folder / "config.json").write_text("{}")
+    (folder.parent / "clip_finetune/captioned/chart.txt").write_text("a chart")
+    choices = comfyui.choices("LoadCLIPDataset", "folder")
+    assert {"made", "sets/taken", "taken", "output/taken"} <= set(choices)
+    assert not {"sets", "clip_finetune", "clip_finetune/a_run", "clip_finetune/captioned", "pictures"} & set(choices)
+    for name in ("made", "output/taken"):
+        prompt = {"1": loaded(name), "2": node("InspectCLIPDataset", dataset=["1", 0])}
+        result = succeed(comfyui, prompt)
+        assert "1 pictures to train on" in result["texts"]["1"], result["texts"]
+    assert "8 pictures to train on" in succeed(
+        comfyui, {"1": loaded("taken"), "2": node("InspectCLIPDataset", dataset=["1", 0])}
+    )["texts"]["1"]  # fmt: skip
+    for file in (comfyui.base / "output/made").glob("*.txt"):
+        file.unlink()
+    prompt["1"]["inputs"]["folder"] = "made"
+    assert comfyui.queue(prompt)["status"] == "rejected"
+
+
 def test_images_without_a_text_each_are_refused(comfyui):
     prompt = {
         "1": node("EmptyImage", width=16, height=16, batch_size=3, color=0),

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from PIL import Image
 
 from clip_finetune.engine import ClipDataset, UserError, load_dataset, split_dataset
 from clip_finetune.engine.data import dataset as dataset_module
-from clip_finetune.engine.data import json_captions, json_stream
+from clip_finetune.engine.data import fingerprint, json_captions, json_stream
 from clip_finetune.engine.data.epochs import epoch_order
 from clip_finetune.engine.data.images import BrokenImage, load_image, normalize
 from clip_finetune.engine.data.loader import TrainLoader
@@ -361,13 +362,28 @@ def test_a_split_goes_by_the_place_of_each_picture_whatever_its_name(tmp_path):
         assert len(set(expected)) > 100 and not wrong
 
 
+def test_the_fingerprint_is_what_runs_on_the_disk_have(tmp_path):
+    """A number of its own: with another one, no run that began before would go on."""
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"0123456789")
+        os.utime(tmp_path / name, ns=(10**18, 10**18))
+    (tmp_path / "labels.json").write_text('{"a.png": ["one", "two"], "b.png": "three", "gone.png": "four"}')
+    plain = load_dataset(tmp_path)
+    more = dataclasses.replace(
+        plain, labels=[0, None, 1], class_names=("x", "y"), originals=["", "a.png", ""], repeats=[1, 2, 3]
+    )
+    assert plain.fingerprint() == "f9d00d995b83d2ffb7eb9c54f848e345b8e811addbd1e9fce758ad771a791199"
+    assert more.fingerprint() == "92f39bbed06e8974618c0ce2accb23206d324616b2100fe1b39e0ce00f830494"
+
+
 def test_a_large_data_sets_fingerprint_notices_what_its_columns_and_folders_hold(tmp_path, monkeypatch):
     def fresh(**changes):
         return dataclasses.replace(load_dataset(folder), **changes).fingerprint()
 
     folder = labels_folder(tmp_path / "colours", 12)
+    os.utime(folder, ns=(10**18, 10**18))  # so that what changes later has another time, however fast it comes
     exact = fresh()
-    monkeypatch.setattr(dataset_module, "MOST_STATTED", 11)
+    monkeypatch.setattr(fingerprint, "MOST_STATTED", 11)
     rough, data = fresh(), load_dataset(folder)
     assert rough != exact and fresh() == rough
     names, captions = list(data.names), [data.captions[index] for index in range(12)]
@@ -382,5 +398,10 @@ def test_a_large_data_sets_fingerprint_notices_what_its_columns_and_folders_hold
         fresh(labels=[0] + [None] * 11, class_names=("b",)),
     }
     assert len(different) == 8
-    os.remove(data.path(3))
+    os.utime(data.path(3), ns=(0, 0))
+    assert fresh() == rough  # as the docstring says
+    os.rename(folder, tmp_path / "moved")
+    assert load_dataset(tmp_path / "moved").fingerprint() == rough
+    os.rename(tmp_path / "moved", folder)
+    os.replace(shutil.copy(data.path(3), folder / "copy"), data.path(3))
     assert fresh() not in different

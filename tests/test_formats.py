@@ -115,6 +115,36 @@ def test_a_csv_of_classes_gives_one_sample_a_picture_and_what_most_rows_say(tmp_
     assert data.missing() == [] and not data.has_captions and "1 pictures have rows that do not agree" in data.notes[0]
 
 
+LABELLED = [{"file_name": "all/a.png", "id": 7, "object_label": "red_fox"}, {"file_name": "b.png"},
+            {"file_name": "all/a.png", "object_label": "wolf"}, {"file_name": "all/a.png", "object_label": "red fox"},
+            {"file_name": "c.png", "object_label": 3}]  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ["metadata.jsonl", "records.json"])
+def test_records_with_a_class_and_no_caption_are_classes(tmp_path, file):
+    lines = "\n".join(map(json.dumps, LABELLED))
+    folder = folder_of(tmp_path, {file: lines if file.endswith("l") else LABELLED}, "all/a.png b.png c.png")
+    for place in (folder, folder / file):
+        data = load_dataset(place)
+        assert data.format == "labels" and data.names == ["all/a.png", "c.png"] and not data.has_captions
+        assert [data.class_names[label] for label in data.labels] == ["red fox", "3"] and data.missing() == []
+        assert any("1 pictures have rows that do not agree" in note for note in data.notes)
+    assert load_dataset(folder, image_column="file_name").labels == data.labels
+    with pytest.raises(UserError, match="cannot be read as metadata"):
+        load_dataset(folder, "metadata")
+    both = json.dumps(LABELLED[0] | {"text": "a fox"})
+    data = load_dataset(folder_of(tmp_path, {file: both if file.endswith("l") else f"[{both}]"}))
+    assert data.format == "metadata" and list(data.captions) == [("a fox",)]
+
+
+def test_a_class_that_is_no_name_is_told(tmp_path):
+    for value in (["x"], {"a": 1}, 1.5, True):
+        record = {"file_name": "a.png", "label": "x"}
+        lines = f"{json.dumps(record)}\n{json.dumps(record | {'label': value})}"
+        with pytest.raises(UserError, match="metadata.jsonl: the class of a.png is not a name, but .*; write a text."):
+            load_dataset(folder_of(tmp_path, {"metadata.jsonl": lines}, "a.png"))
+
+
 def test_a_class_that_later_rows_agree_on_beats_the_first(tmp_path):
     rows = "image,label\na.png,x\na.png,y\na.png,y\nb.png,x\nb.png,x\nb.png,x\nb.png,y\nb.png,y\n"
     data = load_dataset(folder_of(tmp_path, {"labels.csv": rows}))
@@ -140,7 +170,7 @@ def test_parquet_is_read_if_pyarrow_is_there(tmp_path):
         load_dataset(folder)
 
 
-def test_a_folder_whose_pictures_have_texts_beside_them_is_seen(tmp_path):
+def test_a_folder_whose_pictures_have_texts_beside_them_is_seen(tmp_path, monkeypatch):
     def seen(files, pictures):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         return folder_captions.holds_captioned_pictures(folder_of(folder, files, pictures))
@@ -149,6 +179,9 @@ def test_a_folder_whose_pictures_have_texts_beside_them_is_seen(tmp_path):
     assert not seen({"notes.txt": "x", "config.json": "{}"}, "chart.png") and not seen({"a.txt": "x"}, "")
     assert not seen({}, "a.png") and not seen({"deep/a.txt": "x"}, "deep/a.png")
     assert not folder_captions.holds_captioned_pictures(tmp_path / "none")
+    monkeypatch.setattr(folder_captions, "_MOST_LISTED", 1)
+    assert not seen({"a.txt": "x"}, "a.png")
+    monkeypatch.undo()
     later = folder_of(tmp_path / "later", {}, "a.png")
     os.utime(later, ns=(10**18, 10**18))
     assert not folder_captions.holds_captioned_pictures(later)

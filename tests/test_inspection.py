@@ -11,7 +11,7 @@ import torch
 from pictures import class_folder, labels_folder
 from PIL import Image
 
-from clip_finetune.engine import load_dataset, split_dataset
+from clip_finetune.engine import combine_datasets, load_dataset, split_dataset
 from clip_finetune.engine.data.findings import advice, report_text
 from clip_finetune.engine.data.images import decode
 from clip_finetune.engine.data.inspection import inspect_dataset, sample_pictures
@@ -236,6 +236,15 @@ def test_pictures_that_no_caption_names_are_told(tmp_path):
     assert inspect_dataset(load_dataset(folder)).unnamed == ("more/c.png",)
     # Around a caption file that was chosen by itself only its own pictures' folder is looked at.
     assert inspect_dataset(load_dataset(folder / "labels.json")).unnamed == ()
+
+
+def test_a_part_of_a_split_does_not_list_the_pictures_of_the_others(tmp_path):
+    folder = captioned(tmp_path / "set", {name: noise(n) for n, name in enumerate("abcdefgh")})
+    noise(20).save(folder / "stray.png")
+    train, validation = split_dataset(load_dataset(folder), 0.4)
+    halves = split_dataset(train, 0.5)
+    for part in (train, validation, *halves, combine_datasets(halves)):
+        assert 0 < len(part) < 8 and inspect_dataset(part).unnamed == ("stray.png",)
 
 
 def test_uneven_classes_are_told(tmp_path):

@@ -218,3 +218,12 @@ def test_a_file_may_be_read_by_whom_the_umask_allows(model, tmp_path):
     (tmp_path / "plain").write_text("")
     saved = save_full_clip(model, tmp_path / "model.safetensors")
     assert saved.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_file_that_may_not_be_read_is_told(model, ordinary_user):
+    place, rights = ordinary_user
+    save_full_clip(model, place / "a.safetensors")
+    load_full_clip(place / "a.safetensors")
+    (place / "a.safetensors").chmod(0)
+    with rights(), pytest.raises(UserError, match=r"a\.safetensors .*Permission denied"):
+        load_full_clip(place / "a.safetensors")

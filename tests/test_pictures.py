@@ -561,12 +561,13 @@ def test_broken_pictures_that_are_met_later_stop_the_run_which_can_go_on(tmp_pat
     assert result.total_steps == 30 and any("4 training pictures cannot be opened" in note for note in result.notes)
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
-def test_a_picture_that_may_not_be_read_is_named(data, tmp_path):
-    noise(40, 40).save(tmp_path / "a.jpg")
-    (tmp_path / "a.jpg").chmod(0)
-    with pytest.raises(BrokenImage, match="Permission denied"):
-        load_image(tmp_path / "a.jpg", 32)
+def test_a_picture_that_may_not_be_read_is_named(ordinary_user):
+    folder, rights = ordinary_user
+    noise(40, 40).save(folder / "a.jpg")
+    load_image(folder / "a.jpg", 32)
+    (folder / "a.jpg").chmod(0)
+    with rights(), pytest.raises(BrokenImage, match="Permission denied"):
+        load_image(folder / "a.jpg", 32)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links and long names are POSIX's here")

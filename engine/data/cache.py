@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .picture_files import stat_of
 from .transform import Transform
 
 DEFAULT_BYTES = 20 * 10**9
@@ -80,7 +81,7 @@ class PictureCache:
     def key(self, path: str | os.PathLike, transform: Transform) -> bytes | None:
         """16 bytes that change when the file does; None if it is not there."""
         try:
-            found = os.stat(path)
+            found = stat_of(path)
         except (OSError, ValueError):  # the latter for a name with a null character
             return None
         said = f"{os.fspath(path)}\0{found.st_size}\0{found.st_mtime_ns}\0{transform.base_name}"

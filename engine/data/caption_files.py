@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import UserError
-from . import json_captions, tables
+from . import json_captions, parquet, tables
 from .originals import NAME as ORIGINALS
+from .picture_files import file_of
 from .reading import Reading
 from .tables import Columns
 from .texts import in_lines
@@ -25,7 +26,7 @@ _JSON, _TABLES = (".json",), (".csv", ".tsv")
 _TABLE_NAMES = ("captions.txt",)
 _SUFFIXES = {
     "json": _JSON, "kohya": _JSON, "coco": _JSON, "metadata": (".jsonl", ".json", *_TABLES), "csv": _TABLES,
-    "interrogator": _TABLES, "labels": _TABLES, "parquet": (".parquet",),
+    "interrogator": _TABLES, "labels": (".jsonl", ".json", *_TABLES, ".parquet"), "parquet": (".parquet",),
 }  # fmt: skip
 _WORDS = {
     "json": "captions", "kohya": "captions in kohya's way", "coco": "COCO's captions",
@@ -34,7 +35,7 @@ _WORDS = {
 }  # fmt: skip
 _CLASSIFIERS: dict[str, Callable[[Path, Columns], tuple[str | None, str]]] = {
     ".json": json_captions.kind_of_json, ".jsonl": json_captions.kind_of_lines, ".csv": tables.kind_of_table,
-    ".tsv": tables.kind_of_table, ".txt": tables.kind_of_table, ".parquet": tables.kind_of_parquet,
+    ".tsv": tables.kind_of_table, ".txt": tables.kind_of_table, ".parquet": parquet.kind_of_parquet,
 }  # fmt: skip
 
 
@@ -90,12 +91,14 @@ def read_file(file: Path, kind: str, columns: Columns) -> Reading | str:
     if kind not in ("auto", found):
         return f"holds {_WORDS[found]}, which is {found} and not {kind}"
     part = _part(source, file, found)
-    return part if isinstance(part, str) else _rows(found, f"{file.name} was chosen", [part])
+    if isinstance(part, str):
+        return part
+    return _with_notes(_rows(found, f"{file.name} was chosen", [part]), [file], columns)
 
 
 def read_files(kind: str, source: Source) -> Reading | str:
     """All caption files of one format, wherever in the folder they are."""
-    read, others, parts = [], [], []
+    read, others, parts, files = [], [], [], []
     for name in source.caption_files(_SUFFIXES[kind]):
         found, words = source.kind_of(source.tree.top / name)
         if found == kind:
@@ -103,6 +106,7 @@ def read_files(kind: str, source: Source) -> Reading | str:
             if isinstance(part, _Part):
                 read.append(f"{name} (columns {words})" if words else name)
                 parts.append(part)
+                files.append(source.tree.top / name)
             else:
                 source.kinds[source.tree.top / name] = (None, part)
                 others.append(f"{name} {part}")
@@ -111,7 +115,13 @@ def read_files(kind: str, source: Source) -> Reading | str:
     if not parts:
         return others[0] if others else ""
     more = f" and {len(read) - 1} more" if len(read) > 1 else ""
-    return _rows(kind, f"{read[0]}{more} {'hold' if more else 'holds'} {_WORDS[kind]}", parts)
+    reading = _rows(kind, f"{read[0]}{more} {'hold' if more else 'holds'} {_WORDS[kind]}", parts)
+    return _with_notes(reading, files, source.columns)
+
+
+def _with_notes(reading: Reading, files: Sequence[Path], columns: Columns) -> Reading:
+    files = [file for file in files if file.suffix.lower() == ".parquet"]
+    return dataclasses.replace(reading, notes=[*reading.notes, *parquet.notes_on(files, columns)])
 
 
 def read_coco_files(source: Source) -> Reading | str:
@@ -139,9 +149,9 @@ def _part(source: Source, file: Path, kind: str) -> _Part | str:
     elif kind == "coco":
         found = json_captions.read_coco(file)
     elif kind == "labels":
-        found, disputed = tables.read_classes(file, source.columns)
+        found, disputed = _classes_reader(file)(file, source.columns)
     elif kind == "parquet":
-        found = tables.read_parquet(file, source.columns)
+        found = parquet.read_parquet(file, source.columns)
     elif file.suffix.lower() in (".json", ".jsonl"):
         found = json_captions.read_records(file, source.columns)
     else:
@@ -151,6 +161,12 @@ def _part(source: Source, file: Path, kind: str) -> _Part | str:
     if kind == "kohya":
         found = _with_extensions(found, source, file)
     return _Part(start=_start(source, file, found), found=found, disputed=disputed)
+
+
+def _classes_reader(file: Path) -> Callable[[Path, Columns], tuple[dict[str, str], int]]:
+    readers = {".parquet": parquet.read_classes, ".json": json_captions.read_classes,
+               ".jsonl": json_captions.read_classes}  # fmt: skip
+    return readers.get(file.suffix.lower(), tables.read_classes)
 
 
 def _rows(kind: str, reason: str, parts: Sequence[_Part]) -> Reading:
@@ -204,7 +220,7 @@ def _start(source: Source, file: Path, names: dict[str, str]) -> str:
 
 
 def _there(folder: str, name: str) -> bool:
-    return os.path.isfile(os.path.join(folder, name))
+    return os.path.isfile(os.path.join(folder, file_of(name)))
 
 
 def _folders_with(tree: Tree, names: Sequence[str]) -> list[str]:

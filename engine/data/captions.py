@@ -27,7 +27,7 @@ _HOW = (
     "line image,caption, or a subfolder for each class"
 )
 # The formats that have columns or fields with names to choose from.
-_WITH_COLUMNS = ("metadata", "csv", "parquet")
+_WITH_COLUMNS = ("metadata", "csv", "labels", "parquet")
 
 
 class Captions(Sequence[tuple[str, ...]]):

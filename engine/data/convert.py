@@ -17,6 +17,7 @@ from ..errors import UserError
 from .dataset import ClipDataset, load_dataset
 from .originals import HEADER as ORIGINALS_HEADER
 from .originals import NAME as ORIGINALS
+from .picture_files import BrokenImage, file_of, open_bytes, row_of, suffix_of
 
 # The file that each format is, in the folder of its pictures; sidecars have one a picture.
 _FILES = {
@@ -81,7 +82,16 @@ def _samples(dataset: ClipDataset, *, unique_stems: bool, start: Path | None) ->
         if index in missing and start is None:
             continue
         path = dataset.path(index)
-        name = _free(_name(dataset, path, start), taken, unique_stems)
+        if row_of(path) is not None and start is not None:
+            raise UserError(
+                f"{dataset.name} has its pictures inside Parquet files, where other programs do not find them; give a "
+                "new folder, which gets the pictures too."
+            )
+        try:
+            name = _free(_name(dataset, path, start), taken, unique_stems)
+        except BrokenImage:  # a row without a picture
+            missing.add(index)
+            continue
         samples.append(_Sample(path, name, dataset.training_captions(index), index))
     if not samples:
         raise UserError(f"{dataset.folder} has none of the pictures that its captions are of; nothing was written.")
@@ -94,6 +104,9 @@ def _samples(dataset: ClipDataset, *, unique_stems: bool, start: Path | None) ->
 def _name(dataset: ClipDataset, path: Path, start: Path | None) -> str:
     tops = [*([start] if start else []), dataset.folder, *map(Path, dataset.roots)]
     top = next((top for top in tops if path.is_relative_to(top)), path.parent)
+    if (row := row_of(path)) is not None:
+        file = Path(file_of(str(path)))
+        return f"{file.relative_to(top).with_suffix('').as_posix()}_{row:06}{suffix_of(path)}"
     return path.relative_to(top).as_posix()
 
 
@@ -152,7 +165,11 @@ def _write_folder(
 
 
 def _link_or_copy(source: Path, target: Path) -> bool:
-    """True if the picture is a hard link; another disk, or a file system without them, needs a copy."""
+    """True if the picture is a hard link; another disk, a file system without them, or one in a row needs a copy."""
+    if row_of(source) is not None:
+        with open_bytes(source) as file:
+            target.write_bytes(file.read())
+        return False
     real = os.path.realpath(source)  # of a symbolic link, what it leads to
     try:
         os.link(real, target)

@@ -12,16 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-import numpy
-
 from ..errors import UserError
 from .captions import Captions, read_captions
+from .fingerprint import fingerprint_of
+from .picture_files import file_of
+from .places import files_in, inside, relative, starts
 from .reading import Reading
 from .tables import Columns
 
 _MOST_WEIGHT = 1000
-# Up to so many pictures are asked for their size and time when a data set is looked at for changes.
-MOST_STATTED = 50_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,6 +32,7 @@ class ClipDataset:
     `originals` name, from `folder`, the picture that each one is a copy of ("" for none; if empty, none is a copy); it
     need not be there.
     `repeats` are how often each sample comes in an epoch; if empty, once.
+    `other_parts` are what was split off: their pictures lie in the same folders and are no samples of this one.
     """
 
     name: str
@@ -48,6 +48,7 @@ class ClipDataset:
     roots: tuple[str, ...] = ()
     originals: Sequence[str] = ()
     repeats: Sequence[int] = ()
+    other_parts: tuple[ClipDataset, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -88,7 +89,7 @@ class ClipDataset:
         looked for at.
         """
         places = list(self._places(index))
-        return Path(next((place for place in places if os.path.isfile(place)), places[0]))
+        return Path(next((place for place in places if os.path.isfile(file_of(place))), places[0]))
 
     def original(self, index: int) -> str:
         """The place of the picture that a sample's is a copy of, or of its own: equal for copies of one picture."""
@@ -98,7 +99,7 @@ class ClipDataset:
     def copied_from(self, index: int, originals: Mapping[str, str]) -> str:
         """What `originals`, absolute paths by those of their copies, say of a sample, from `folder`; "" for nothing."""
         copied = next((originals[place] for place in self._places(index) if place in originals), None)
-        return "" if copied is None else _relative(copied, str(self.folder))
+        return "" if copied is None else relative(copied, str(self.folder))
 
     def absolute_originals(self) -> list[str]:
         """The column `originals` with whole paths, for a data set with another folder."""
@@ -108,32 +109,47 @@ class ClipDataset:
 
     def missing(self) -> list[int]:
         """Samples whose picture is not there; folders are listed, pictures are not touched."""
-        listed: dict[str, frozenset[str]] = {}
-        found: dict[tuple[str, str], list[frozenset[str]]] = {}  # the files of the folders that a name may lie in
+        lists: dict[str, frozenset[str]] = {}
+        found: dict[tuple[str, str], frozenset[str]] = {}  # the files of the folders that a name may lie in
 
-        def files_in(folder: str) -> frozenset[str]:
-            if folder not in listed:
-                listed[folder] = _files_in(folder)
-            return listed[folder]
+        def listed(folder: str) -> frozenset[str]:
+            if folder not in lists:
+                lists[folder] = files_in(folder)
+            return lists[folder]
 
-        def there(index: int, origin: str, name: str) -> bool:
-            folder, file = _parted(name)
+        def is_there(index: int) -> bool:
+            places = (place.rpartition(os.sep) for place in self._places(index))
+            return any(file_of(file) in listed(folder) for folder, _, file in places)
+
+        absent = []
+        for index, (origin, folder, file) in enumerate(self.parted()):
             if file is None:
-                places = (place.rpartition(os.sep) for place in self._places(index))
-                return any(file in files_in(folder) for folder, _, file in places)
-            if (origin, folder) not in found:
-                found[origin, folder] = [files_in(place) for place in self._folders(origin, folder)]
-            return any(file in files for files in found[origin, folder])
+                if not is_there(index):
+                    absent.append(index)
+                continue
+            files = found.get((origin, folder))
+            if files is None:
+                some = [files for place in self.folders_of(origin, folder) if (files := listed(place))]
+                files = found[origin, folder] = some[0] if len(some) == 1 else frozenset().union(*some)
+            if (file_of(file) if "#" in file else file) not in files:
+                absent.append(index)
+        return absent
 
+    def parted(self) -> Iterator[tuple[str, str, str | None]]:
+        """(origin, folder part of its name, its file) of each sample; the last is None for a name that cannot be parted
+        so, because it takes more than its last part to know the folder: a/.., say, or /a."""
+        windows = os.name == "nt"
         origins = self.origins or itertools.repeat(str(self.folder))
-        pairs = zip(range(len(self)), origins, self.names, strict=False)
-        return [index for index, origin, name in pairs if not there(index, origin, name)]
+        for origin, name in zip(origins, self.names, strict=False):
+            folder, slash, file = name.replace("\\", "/").rpartition("/")
+            odd = file in ("", ".", "..") or (slash and not folder) or (windows and ":" in file)
+            yield origin, folder, None if odd else file
 
-    def _folders(self, origin: str, folder: str) -> list[str]:
+    def folders_of(self, origin: str, folder: str) -> list[str]:
         """The folders that a picture may lie in whose name has this folder part, first things first."""
         roots = self.roots or (str(self.folder),)
-        places = (os.path.normpath(os.path.join(start, folder)) for start in _starts(origin, roots))
-        return [place for place in places if _inside(os.path.join(place, ""), roots)]
+        places = (os.path.normpath(os.path.join(start, folder)) for start in starts(origin, roots))
+        return [place for place in places if inside(os.path.join(place, ""), roots)]
 
     def _places(self, index: int) -> Iterator[str]:
         """Where the picture may be, first things first; at least one."""
@@ -141,9 +157,9 @@ class ClipDataset:
         origin = self.origins[index] if self.origins else str(self.folder)
         roots = self.roots or (str(self.folder),)
         nowhere = True
-        for start in _starts(origin, roots):
+        for start in starts(origin, roots):
             place = os.path.normpath(os.path.join(start, name))
-            if _inside(place, roots):
+            if inside(place, roots):
                 nowhere = False
                 yield place
         if nowhere:
@@ -152,40 +168,7 @@ class ClipDataset:
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        if len(self) > MOST_STATTED:
-            return self._rough_fingerprint()
-        digest = hashlib.sha256()
-        for index, (name, captions, label) in enumerate(zip(self.names, self.captions, self.labels, strict=True)):
-            named = None if label is None else self.class_names[label]
-            more = [column[index] for column in (self.originals, self.repeats) if column]
-            digest.update(repr((name, captions, named, self._size_and_time(index), *more)).encode())
-        return digest.hexdigest()
-
-    def _rough_fingerprint(self) -> str:
-        """The same columns, and in place of each picture's size and time those of the folders that pictures lie in."""
-        digest = hashlib.sha256()
-        numbers = ([-1 if label is None else label for label in self.labels], self.repeats)
-        for column in (self.names, Captions.joined([self.captions]).lines, self.class_names, self.originals):
-            digest.update(numpy.fromiter(map(len, column), numpy.int64, len(column)))
-            digest.update("".join(column).encode("utf-8", "surrogatepass"))
-        for column in numbers:
-            digest.update(f"{len(column)} ".encode())
-            digest.update(numpy.array(column, dtype=numpy.int64))
-        origins = self.origins or itertools.repeat(str(self.folder))
-        parts = {(origin, _parted(name)[0]) for origin, name in zip(origins, self.names, strict=False)}
-        for folder in sorted({folder for part in parts for folder in self._folders(*part)}):
-            try:
-                digest.update(f"{folder}\0{os.stat(folder).st_mtime_ns}\0".encode("utf-8", "surrogatepass"))
-            except (OSError, ValueError):  # not there, or a name with a null character
-                continue
-        return digest.hexdigest()
-
-    def _size_and_time(self, index: int) -> tuple[int, int] | None:
-        try:
-            found = os.stat(self.path(index))
-        except (OSError, ValueError):  # the latter for a name with a null character
-            return None
-        return found.st_size, found.st_mtime_ns
+        return fingerprint_of(self)
 
     def fingerprint(self) -> str:
         """A hash over names, captions, classes, originals, repeats, and the size and time of every picture's file.
@@ -194,34 +177,6 @@ class ClipDataset:
         overwritten in its place is not noticed, one that is added, removed or renamed is.
         """
         return self._fingerprint
-
-
-@functools.lru_cache(maxsize=1024)
-def _starts(origin: str, roots: tuple[str, ...]) -> tuple[str, ...]:
-    beside = (origin, os.path.join(origin, "images"), os.path.join(os.path.dirname(origin), "images"))
-    # What a caption file deep in a data set names may be named from its top, not from that of another that was joined.
-    tops = tuple(root for root in roots if _inside(origin, (root,)))
-    return tuple(dict.fromkeys(start for start in (*beside, *tops) if start in roots or _inside(start, roots)))
-
-
-def _parted(name: str) -> tuple[str, str | None]:
-    """A name's folder part and its file, as the system writes them; None for a name that takes more than that."""
-    folder, slash, file = name.replace("\\", "/").rpartition("/")
-    if file in ("", ".", "..") or (slash and not folder) or (os.name == "nt" and ":" in file):
-        return folder, None
-    return folder, file
-
-
-def _inside(place: str, roots: tuple[str, ...]) -> bool:
-    return any(place.startswith(os.path.join(root, "")) for root in roots)
-
-
-def _files_in(folder: str) -> frozenset[str]:
-    try:
-        with os.scandir(folder or os.sep) as entries:
-            return frozenset(entry.name for entry in entries if entry.is_file())
-    except (OSError, ValueError):  # the latter for a name with a null character
-        return frozenset()
 
 
 def load_dataset(
@@ -322,6 +277,7 @@ def combine_datasets(datasets: Sequence[ClipDataset], weights: Sequence[float] |
         ]
         if repeated
         else (),
+        other_parts=tuple(part for dataset, _ in parts for part in dataset.other_parts),
     )
 
 
@@ -366,45 +322,43 @@ def split_dataset(dataset: ClipDataset, fraction: float, seed: int = 0) -> tuple
     rank = {name: _rank(name, seed) for name in set(originals)}
     if len(rank) < 2:
         raise UserError(f"{dataset.name} has a single picture; a validation split needs 2 at least. Set it to 0.")
-    order = sorted(rank, key=rank.__getitem__)
-    count = min(max(sum(value < fraction for value in rank.values()), 1), len(order) - 1)
-    taken = set(order[:count])
+    taken = {name for name, value in rank.items() if value < fraction} or {min(rank, key=rank.__getitem__)}
+    if len(taken) == len(rank):
+        taken.remove(max(rank, key=rank.__getitem__))
     sides: tuple[list[int], list[int]] = ([], [])
     for index, name in enumerate(originals):
         sides[name in taken].append(index)
-    return dataset.subset(sides[0]), dataset.subset(sides[1])
+    train, validation = map(dataset.subset, sides)
+    more = dataset.other_parts
+    return (
+        dataclasses.replace(train, other_parts=(validation, *more)),
+        dataclasses.replace(validation, other_parts=(train, *more)),
+    )
 
 
 def _originals(dataset: ClipDataset) -> list[str]:
     """Each picture's place from the data set's folder, so that two caption files that name it mean the same; of a copy,
     that of the picture it was made from. Each of several that were combined has a folder of its own."""
-    starts: dict[tuple[str, str], str] = {}  # by origin and folder part of a name
-
-    def place_of(origin: str, name: str) -> str:
-        folder, file = _parted(name)
-        if file is None:
-            return from_top(os.path.join(origin, name.replace("\\", "/")))
-        if (origin, folder) not in starts:
-            starts[origin, folder] = from_top(os.path.join(origin, folder, "x"))[:-1]
-        return starts[origin, folder] + file
 
     def from_top(place: str) -> str:
         place = os.path.normpath(place)
-        top = next((root for root in dataset.roots if _inside(place, (root,))), str(dataset.folder))
-        return _relative(place, top)
+        top = next((root for root in dataset.roots if inside(place, (root,))), str(dataset.folder))
+        return relative(place, top)
 
-    places = list(map(place_of, dataset.origins or itertools.repeat(str(dataset.folder)), dataset.names))
+    before: dict[tuple[str, str], str] = {}  # what stands before a file of this origin and folder
+    places = []
+    for name, (origin, folder, file) in zip(dataset.names, dataset.parted(), strict=True):
+        if file is None:
+            places.append(from_top(os.path.join(origin, name.replace("\\", "/"))))
+            continue
+        start = before.get((origin, folder))
+        if start is None:
+            start = before[origin, folder] = from_top(os.path.join(origin, folder, "x"))[:-1]
+        places.append(start + file)
     for index, original in enumerate(dataset.originals):
         if original:
             places[index] = from_top(os.path.join(dataset.folder, original))
     return places
-
-
-def _relative(place: str, folder: str) -> str:
-    try:
-        return os.path.relpath(place, folder).replace(os.sep, "/")
-    except ValueError:  # on another drive of Windows
-        return place.replace(os.sep, "/")
 
 
 def _rank(name: str, seed: int) -> float:

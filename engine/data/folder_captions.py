@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import re
 from collections.abc import Iterable
@@ -11,7 +13,7 @@ from ..errors import UserError
 from .json_stream import JsonStream
 from .reading import Reading
 from .texts import captions_of, in_lines
-from .tree import Tree, joined
+from .tree import Tree, is_picture, joined
 
 TEXT_SUFFIXES = (".txt", ".caption")
 # Folders of these names, with or without a year, are parts of a data set and not classes.
@@ -19,6 +21,7 @@ _PARTS = frozenset(("train", "training", "test", "testing", "val", "valid", "val
 # 10_dog: kohya's way to say how often its pictures come. 001_dog is a number, and so is 2024_dog.
 _REPEATS = re.compile(r"([1-9]\d{0,2})_.+")
 _NAMED = 3  # files that a note names
+_MOST_LISTED = 20_000
 
 
 def read_sidecars(tree: Tree) -> Reading | str:
@@ -46,6 +49,23 @@ def read_sidecars(tree: Tree) -> Reading | str:
         repeats=_repeats([folder for (folder, _), text in zip(tree.pictures, captions, strict=True) if text], tree),
         notes=[_unread_note(unread)] if unread else [],
     )
+
+
+def holds_captioned_pictures(folder: str | os.PathLike) -> bool:
+    """Whether a text lies beside a picture right in this folder, among its first 20,000 files. It is listed anew only
+    if its time changed."""
+    try:
+        return _captioned(os.fspath(folder), os.stat(folder).st_mtime_ns)
+    except OSError:  # it may not be opened, or is gone
+        return False
+
+
+@functools.lru_cache(maxsize=4096)
+def _captioned(folder: str, time: int) -> bool:
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in itertools.islice(entries, _MOST_LISTED)]
+    texts = {os.path.splitext(name)[0] for name in names if name.lower().endswith(TEXT_SUFFIXES)}
+    return bool(texts) and any(os.path.splitext(name)[0] in texts for name in names if is_picture(name))
 
 
 def _beside(tree: Tree) -> dict[str, list[str]]:

@@ -7,20 +7,11 @@ import os
 import torch
 from torch import Tensor
 
-from ..errors import UserError
 from ..openai import MEAN, STD
+from .picture_files import TOO_LARGE, BrokenImage, MissingImage, open_bytes, opener_of
 
-_TOO_LARGE = "it is far too large for a photograph"
 _LONGEST = 64  # times its shorter side
 _ORIENTATION = 0x0112  # EXIF's tag
-
-
-class BrokenImage(UserError):
-    """A file that is not a whole picture; the text is the reason."""
-
-
-class MissingImage(BrokenImage):
-    """There is no such file."""
 
 
 def load_image(path: str | os.PathLike, image_size: int) -> Tensor:
@@ -40,9 +31,9 @@ def decode(path: str | os.PathLike, background: str = "white"):
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(path) as opened:
+        with Image.open(opener_of(path)) as opened:
             if Image.MAX_IMAGE_PIXELS and opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
-                raise BrokenImage(_TOO_LARGE)
+                raise BrokenImage(TOO_LARGE)
             ImageOps.exif_transpose(opened, in_place=True)  # otherwise it copies all pixels, as convert does below
             picture = _not_too_long(opened)
             if picture.mode.startswith("I"):  # 16 bits, whatever Pillow calls it
@@ -59,7 +50,7 @@ def decode(path: str | os.PathLike, background: str = "white"):
     except UnidentifiedImageError as error:
         raise BrokenImage("it is not a picture that Pillow can open") from error
     except Image.DecompressionBombError as error:
-        raise BrokenImage(_TOO_LARGE) from error
+        raise BrokenImage(TOO_LARGE) from error
     except Exception as error:  # damaged files make Pillow's readers raise whatever they stumble over
         raise BrokenImage(f"it cannot be decoded ({error})") from error
 
@@ -72,13 +63,13 @@ def decode_plain_jpeg(path: str | os.PathLike) -> Tensor | None:
     try:
         from torchvision.io import decode_jpeg  # which torchvision means to remove one day
 
-        with Image.open(path) as opened:
+        with open_bytes(path) as file, Image.open(file) as opened:
             width, height = opened.size
             upright = opened.getexif().get(_ORIENTATION, 1) == 1
             plain = opened.format == "JPEG" and opened.mode == "RGB" and upright and _is_ordinary(width, height)
-        if not plain:
-            return None
-        with open(path, "rb") as file:
+            if not plain:
+                return None
+            file.seek(0)
             pixels = decode_jpeg(torch.frombuffer(bytearray(file.read()), dtype=torch.uint8))
     except Exception:  # as above; `decode`, which comes next, tells the reason
         return None

@@ -18,6 +18,7 @@ from .dataset import ClipDataset
 from .images import BrokenImage, MissingImage, decode
 from .likeness import Look, look, near_groups
 from .loader import in_threads
+from .picture_files import open_bytes
 from .tokens import Tokenizer, encode
 from .tree import Tree, is_picture
 
@@ -44,8 +45,8 @@ class Inspection:
     is the name of the picture with the longest. `sizes` holds (width, height) in pixels of the sound pictures, int32
     [m, 2]. In a group of duplicates each original is named once. `repeated_captions` are the captions of several
     originals, the most frequent first, at most 100 of `repeated` that there are. `without_captions` are entries that
-    have neither caption nor class; `unnamed` are pictures in the same folders that are no entry. `classes` are the
-    pictures of each class.
+    have neither caption nor class; `unnamed` are pictures in the same folders that are no entry, nor one of another
+    part of a split. `classes` are the pictures of each class.
     """
 
     name: str
@@ -229,7 +230,7 @@ def _study(dataset: ClipDataset, index: int) -> _Studied | str:
 def _content(path: os.PathLike) -> tuple[int, int]:
     """128 bits of a hash of the file."""
     digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
     value = digest.digest()
@@ -273,7 +274,7 @@ def _classes(dataset: ClipDataset) -> dict[str, int]:
 
 
 def _unnamed(dataset: ClipDataset) -> list[str]:
-    """Pictures that lie in the data set's folder and are no entry of it.
+    """Pictures that lie in the data set's folder and are no entry of it, nor of what was split off.
 
     Of a data set that is a single caption file, or several folders, only the folders in which its pictures are: what
     else lies around that file may be anything.
@@ -283,6 +284,7 @@ def _unnamed(dataset: ClipDataset) -> list[str]:
     used = {str(dataset.path(index)) for index in range(len(dataset))}
     whole = dataset.folder.is_dir() and tuple(dataset.roots) in ((), (str(dataset.folder),))
     own = sorted({os.path.dirname(path) for path in used})
+    used.update(str(part.path(index)) for part in dataset.other_parts for index in range(len(part)))
     if whole:
         paths = [os.path.join(dataset.folder, folder, name) for folder, name in Tree.of(dataset.folder).pictures]
     else:

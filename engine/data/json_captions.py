@@ -3,6 +3,7 @@ records as Hugging Face has them, one a line or in a list."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from ..errors import UserError, shown
 from .json_stream import JsonStream
-from .tables import Chosen, Columns
+from .tables import Chosen, Columns, classes_of
 from .texts import Gathered, captions_of
 from .tree import is_picture
 
@@ -21,7 +22,7 @@ _KOHYA = {"caption", "tags"}
 
 
 def kind_of_json(file: Path, columns: Columns) -> tuple[str | None, str]:
-    """(json, kohya, coco, metadata or None, in a few words what the file is), from its beginning.
+    """(json, kohya, coco, metadata, labels or None, in a few words what the file is), from its beginning.
 
     Raises `UserError` for text that is not JSON.
     """
@@ -42,13 +43,19 @@ def kind_of_json(file: Path, columns: Columns) -> tuple[str | None, str]:
 def _kind(name: str | None, value: Any, columns: Columns) -> str | None:
     record = isinstance(value, Mapping)
     if name is None:
-        return "metadata" if record and columns.found_in(list(value)) else None
+        return _kind_of_record(columns.found_in(list(value))) if record else None
     if name in _COCO_LISTS:
         coco = record and ("file_name" in value or {"image_id", "caption"} <= set(value))
         return "coco" if coco else None
     if record and (_KOHYA & set(value) or (is_picture(name) and captions_of(value) is not None)):
         return "kohya"
     return "json" if isinstance(value, (str, list)) and is_picture(name) else None
+
+
+def _kind_of_record(chosen: Chosen | None) -> str | None:
+    if chosen is None:
+        return None
+    return "labels" if chosen.kind == "labels" else "metadata"
 
 
 def read_labels(file: Path) -> dict[str, str]:
@@ -98,37 +105,50 @@ def _field(file: Path, value: Any, name: str, kind: type | tuple[type, ...] = (i
 
 
 def kind_of_lines(file: Path, columns: Columns) -> tuple[str | None, str]:
-    """(metadata or None, in a few words what the file is) of a JSON with a record a line."""
+    """(metadata, labels or None, in a few words what the file is) of a JSON with a record a line."""
     first = next(_lines(file), None)
     if first is None:
         return None, "is empty"
     if (chosen := columns.found_in(list(first))) is not None:
-        return "metadata", chosen.told
+        return _kind_of_record(chosen), chosen.told
     return None, f"has records with the fields {', '.join(str(name)[:40] for name in list(first)[:6])}"
 
 
 def read_records(file: Path, columns: Columns) -> dict[str, str]:
     """Captions by picture name of records, one a line or in a JSON list."""
+    found = Gathered()
+    for name, values in _values(file, columns):
+        captions = captions_of(values)
+        if captions is None:
+            raise UserError(f"{file}: the captions of {name[:200]} are not texts, but {shown(values)}.")
+        found.add(name, captions or [""])
+    return found.texts()
+
+
+def read_classes(file: Path, columns: Columns) -> tuple[dict[str, str], int]:
+    """As `tables.classes_of`, of records, one a line or in a JSON list."""
+    return classes_of((name, _label(file, name, values)) for name, values in _values(file, columns))
+
+
+def _label(file: Path, name: str, values: list[Any]) -> str:
+    if not values:
+        return ""
+    (value,) = values
+    if isinstance(value, (str, int)) and not isinstance(value, bool):
+        return str(value)
+    raise UserError(f"{file}: the class of {name[:200]} is not a name, but {shown(value)}; write a text.")
+
+
+def _values(file: Path, columns: Columns) -> Iterator[tuple[str, list[Any]]]:
+    """(the picture's name, what the chosen fields hold) of every record that names a picture."""
     records = _elements(file) if file.suffix.lower() == ".json" else _lines(file)
     first = next(records)
     chosen = columns.found_in(list(first))
     assert chosen is not None, "the file's kind says that it has them"
-    found = Gathered()
-    _add(found, first, chosen, file)
-    for record in records:
-        _add(found, record, chosen, file)
-    return found.texts()
-
-
-def _add(found: Gathered, record: Mapping[str, Any], chosen: Chosen, file: Path) -> None:
-    name = record.get(chosen.image)
-    if not isinstance(name, str) or not name.strip():
-        return
-    values = [record[field] for field in chosen.values if record.get(field) is not None]
-    captions = captions_of(values)
-    if captions is None:
-        raise UserError(f"{file}: the captions of {name[:200]} are not texts, but {shown(values)}.")
-    found.add(name.strip(), captions or [""])
+    for record in itertools.chain([first], records):
+        name = record.get(chosen.image)
+        if isinstance(name, str) and name.strip():
+            yield name.strip(), [record[field] for field in chosen.values if record.get(field) is not None]
 
 
 def _elements(file: Path) -> Iterator[Mapping[str, Any]]:

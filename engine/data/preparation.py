@@ -38,6 +38,7 @@ from .detection import (
 )
 from .images import BrokenImage, decode
 from .loader import in_threads
+from .picture_files import file_of, open_bytes, opener_of, row_of, suffix_of
 
 NONE, CENTRE, OBJECTS, LEAVE_OUT = "none", "centre", "objects", "leave_out"
 SAFE, ALL = "safe", "all"
@@ -360,11 +361,12 @@ class _Maker:
         picture that stands upright is copied byte by byte."""
         path, suffix = self.dataset.path(index), self._suffix(index)
         whole = verbatim and _stands_upright(path)
-        name = self.names.file(stem, os.path.splitext(path)[1].lower() if whole else suffix)
+        name = self.names.file(stem, suffix_of(path) if whole else suffix)
         place = self.beside / name
         place.parent.mkdir(parents=True, exist_ok=True)
         if whole:
-            shutil.copyfile(path, place)
+            with open_bytes(path) as source, open(place, "wb") as target:
+                shutil.copyfileobj(source, target)
             return name
         encoded = io.BytesIO()  # Pillow itself does not tell a full disk from other failures
         if suffix == ".png":
@@ -382,6 +384,8 @@ class _Maker:
     def _name(self, index: int) -> str:
         """Where the new picture lies in the new folder: in that of its class, else as in the source."""
         name = os.path.normpath(self.dataset.names[index].replace("\\", "/")).replace(os.sep, "/")
+        if (row := row_of(name)) is not None:
+            name = f"{os.path.splitext(file_of(name))[0]}_{row:06}"
         parts = [part for part in name.split("/") if part not in ("", "..") and not part.endswith(":")]
         label = self.dataset.labels[index]
         if label is None:
@@ -520,7 +524,7 @@ def _stands_upright(path: Path) -> bool:
     """Whether a picture's file says nothing of turning it."""
     from PIL import ExifTags, Image
 
-    with Image.open(path) as opened:
+    with Image.open(opener_of(path)) as opened:
         return opened.getexif().get(ExifTags.Base.Orientation, 1) == 1
 
 

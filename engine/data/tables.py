@@ -1,5 +1,5 @@
-"""Captions and classes in tables: CSV and its kin, and Parquet. Which columns hold what is chosen here for all formats
-that have names for their fields."""
+"""Captions and classes in tables: CSV and its kin. Which columns hold what is chosen here for all formats that have
+some."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import collections
 import contextlib
 import csv
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..errors import UserError
-from .texts import Gathered, captions_of, is_caption_field, prompt_captions
+from .texts import Gathered, is_caption_field, prompt_captions
 
 _IMAGE_COLUMNS = (
     "image", "filename", "file_name", "image_path", "filepath", "path", "file", "image_name", "image_file", "img",
     "img_path",
 )  # fmt: skip
-_LABEL_COLUMNS = ("label", "class", "class_name", "category")
+# SCAM calls it object_label; CIFAR-100 has a fine and a coarse one.
+_LABEL_COLUMNS = ("label", "class", "class_name", "category", "object_label", "fine_label")
 _PROMPT = "prompt"  # CLIP Interrogator's
 # Spreadsheets write semicolons where the comma is the decimal sign; Flickr30k's captions come with bars.
 _MARKS = ",;\t|"
@@ -102,12 +103,17 @@ def read_table(file: Path, columns: Columns) -> dict[str, str]:
 
 
 def read_classes(file: Path, columns: Columns) -> tuple[dict[str, str], int]:
+    """As `classes_of`. Raises `UserError`."""
+    return classes_of((name, values[0]) for _, name, values in _rows(file, columns))
+
+
+def classes_of(rows: Iterable[tuple[str, str]]) -> tuple[dict[str, str], int]:
     """(a class by picture name, how many pictures have rows that do not agree): a picture of several rows has the class
-    that most of them say, or of these the first. Raises `UserError`."""
+    that most of them say, or of these the first."""
     votes: dict[str, str | collections.Counter[str]] = {}
     agreeing: collections.Counter[str] = collections.Counter()  # further rows that say the same as the first
-    for _, name, values in _rows(file, columns):
-        label = " ".join(values[0].replace("_", " ").split())
+    for name, said in rows:
+        label = " ".join(said.replace("_", " ").split())
         if name not in votes:
             votes[name] = label
             continue
@@ -158,51 +164,3 @@ def _long_fields() -> Iterator[None]:
         yield
     finally:
         csv.field_size_limit(before)
-
-
-# ---- Parquet ---------------------------------------------------------------------------------------------------------
-
-
-def kind_of_parquet(file: Path, columns: Columns) -> tuple[str | None, str]:
-    """(parquet or None, in a few words what the file is). Needs the package pyarrow."""
-    if (parquet := _pyarrow()) is None:
-        return None, "is read with the package pyarrow (pip install pyarrow), which is not there"
-    with _parquet_errors(file), parquet.ParquetFile(file) as opened:
-        schema = opened.schema_arrow
-    chosen = columns.found_in(schema.names)
-    if chosen is None or chosen.kind != "csv":
-        return None, f"has the columns {', '.join(schema.names)[:80]}"
-    if not str(schema.field(chosen.image).type).endswith("string"):
-        return None, f"holds pictures in its column {chosen.image}, which are not read: it must hold their names"
-    return "parquet", chosen.told
-
-
-def read_parquet(file: Path, columns: Columns) -> dict[str, str]:
-    """Captions by picture name, a line for each, of a file that `kind_of_parquet` knows. Raises `UserError`."""
-    found = Gathered()
-    with _parquet_errors(file), _pyarrow().ParquetFile(file) as opened:
-        chosen = columns.found_in(opened.schema_arrow.names)
-        for batch in opened.iter_batches(columns=[chosen.image, *chosen.values]):
-            names, *values = (batch.column(name).to_pylist() for name in (chosen.image, *chosen.values))
-            for name, *row in zip(names, *values, strict=True):
-                if name and name.strip():
-                    found.add(name.strip(), captions_of([value for value in row if value is not None]) or [""])
-    return found.texts()
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        return None
-    return pyarrow.parquet
-
-
-@contextlib.contextmanager
-def _parquet_errors(file: Path) -> Iterator[None]:
-    import pyarrow
-
-    try:
-        yield
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file} cannot be read as Parquet ({error}); mend it or move it elsewhere.") from error

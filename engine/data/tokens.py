@@ -83,7 +83,7 @@ def _bpe():
     spec = importlib.util.spec_from_file_location(f"{__name__}_bpe", Path(package.origin).with_name("tokenizer.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.SimpleTokenizer()
+    return getattr(module, "_tokenizer", None) or module.SimpleTokenizer()  # it makes one of its own, which takes time
 
 
 @functools.cache
