@@ -17,6 +17,7 @@ from .evaluate.comparison import compare_full_clips
 from .evaluate.drift import conditioning_drift, weight_drift
 from .evaluate.geometry import eval_geometry
 from .evaluate.gmp_form import gmp_form
+from .evaluate.ranking import rank_captions
 from .evaluate.retrieval import eval_retrieval
 from .evaluate.sweep import blend_sweep
 from .evaluate.typographic import eval_typographic
@@ -54,6 +55,7 @@ __all__ = [
     "load_full_clip",
     "merge_text_encoder",
     "merge_vision_encoder",
+    "rank_captions",
     "save_full_clip",
     "save_huggingface",
     "split_dataset",

@@ -106,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     info = command("info", _info, what, stretches=False)
     info.add_argument("path", metavar="FILE_OR_FOLDER")
     info.add_argument("--json", metavar="FILE", help="write the facts there too")
+
+    what = "Measure how fast a training step is on this machine, beside open_clip's and Hugging Face's."
+    _add_bench(command("bench", _bench, what, stretches=False))
     return parser
 
 
@@ -137,7 +140,13 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         "--typographic", action="store_true",
         help="also draw wrong words into the pictures; or, in a folder such as SCAM's, measure those that are on them",
     )  # fmt: skip
+    parser.add_argument(
+        "--compare", action="store_true",
+        help="with --baseline: also tell whether the model is sound, by its embeddings, its weights and what image "
+        "models read of it",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    parser.add_argument("--html", metavar="FILE", help="write a page with tables and charts there too")
     parser.add_argument(
         "--selfcheck", action="store_true",
         help="instead of --data: does OpenAI's ViT-L/14, or --model, reach its published figures on these sets?",
@@ -164,6 +173,18 @@ def _add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
             parser.add_argument(flag, type=kind, choices=field.metadata["choices"], default=None, help=text)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="ViT-B-32", metavar="M", help="ViT-B-32 (default), ViT-L-14, or a file")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pairs in a step (default: 8)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="how often all take a turn (default: 3)")
+    parser.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of our steps (default: auto)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="cores to use (default: all)")
+    parser.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
 
 
 def _load(arguments: argparse.Namespace, place: str) -> ClipDataset:
@@ -245,7 +266,8 @@ def _train(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
     best = result.run_folder / "best.safetensors"
     where = f", of step {result.best_step} of {result.total_steps}"
-    _say(f"The model{where}, is in {best}; the loss chart is {result.run_folder / 'chart.png'}.")
+    report = result.run_folder / "report.html"
+    _say(f"The model{where}, is in {best}; {report} tells all about the run.")
     return 0 if best.is_file() else 1
 
 
@@ -405,6 +427,7 @@ def _merge(arguments: argparse.Namespace) -> None:
 def _eval(arguments: argparse.Namespace) -> int:
     from .clip.files import write_json
     from .data.cache import PictureCache, user_cache_folder
+    from .evaluate.features import FeatureCache
     from .evaluate.together import evaluate, table_of
 
     if arguments.selfcheck:
@@ -413,20 +436,104 @@ def _eval(arguments: argparse.Namespace) -> int:
         raise UserError("eval needs --model and --data: what to measure, and on which data set.")
     if arguments.imagenet or arguments.coco:
         raise UserError("--imagenet and --coco are for --selfcheck; give --data.")
+    if arguments.compare and not arguments.baseline:
+        raise UserError("--compare needs --baseline: the model that the training began from.")
+    if arguments.html:
+        _check_page(arguments.html)
     dataset = _load_attacks(arguments) or _load(arguments, arguments.data)
+    if arguments.compare:
+        _check_comparable(arguments)
     models = [("model", file) for file in arguments.model]
     if arguments.baseline:
         models.append(("baseline", arguments.baseline))
+    notes, features = _Told(), FeatureCache()
     with contextlib.closing(PictureCache(user_cache_folder(), say=_say)) as cache:
         results = evaluate(
             models, dataset, templates=arguments.templates, protocol=arguments.protocol,
             typographic=arguments.typographic, activation=arguments.activation,
-            context_length=arguments.context_length, cache=cache, on_note=_say,
+            context_length=arguments.context_length, cache=cache, features=features, on_note=notes.say,
         )  # fmt: skip
-    print(table_of(results))
+        print(table_of(results))
+        compared = _compare(arguments, dataset, cache, features, notes) if arguments.compare else {}
+    found: dict[str, Any] = {"models": results}
+    if compared:
+        found["comparisons"] = [{"file": file} | comparison.as_dict() for file, comparison in compared.items()]
     if arguments.json:
-        write_json(arguments.json, {"models": results})
-    return 0
+        write_json(arguments.json, found)
+    if not arguments.html:
+        return 0
+    _write_page(arguments, dataset, results, compared, notes)
+    return 0 if os.path.isfile(arguments.html) else 1
+
+
+def _compare(arguments: argparse.Namespace, dataset: ClipDataset, cache, features, notes: _Told) -> dict[str, Any]:
+    """A comparison with the baseline for each model, by its file, told as they come."""
+    from .evaluate.comparison import compare_full_clips
+
+    baseline, compared = _open(arguments, arguments.baseline), {}
+    for file in dict.fromkeys(arguments.model):
+        found = compare_full_clips(_open(arguments, file), baseline, dataset, cache=cache, features=features)
+        compared[file] = found
+        print(f"\n{file} beside {arguments.baseline}:")
+        print("\n".join(found.verdict))
+        for note in found.notes:
+            notes.say(note)
+    return compared
+
+
+def _check_comparable(arguments: argparse.Namespace) -> None:
+    """Before anything is measured for nothing."""
+    from .evaluate.drift import require_one_architecture
+
+    baseline = _open(arguments, arguments.baseline)
+    for file in arguments.model:
+        require_one_architecture(_open(arguments, file), baseline)
+
+
+def _check_page(path: str) -> None:
+    """Before anything is measured for nothing."""
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder; give the name of a file, such as {os.path.join(path, 'report.html')}.")
+    above = Path(path).parent
+    while not os.path.lexists(above):
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"{path} cannot be written, because {above} is no folder that you can write to.")
+
+
+def _write_page(arguments: argparse.Namespace, dataset: ClipDataset, results, compared, notes: _Told) -> None:
+    from .clip.files import write_text
+    from .data.inspection import sample_pictures
+    from .evaluate.together import charts_of, names_of, rows_of
+    from .report.evaluation_report import evaluation_report
+
+    counts = {"pictures": len(dataset), "captions": sum(map(len, dataset.captions)),
+              "classes": len(dataset.class_names)}  # fmt: skip
+    data = {"name": dataset.name} | {what: f"{count:,}" for what, count in counts.items() if count}
+    data["format"] = dataset.reason
+    settings = {
+        "models": ", ".join(arguments.model), "baseline": arguments.baseline or "none",
+        "templates": arguments.templates, "protocol": arguments.protocol,
+    }  # fmt: skip
+    page = evaluation_report(
+        data, results, names_of(results), rows_of(results), charts=charts_of(results),
+        comparisons=[
+            {"title": f"{file} beside {arguments.baseline}", "verdict": found.verdict, "chart": found.chart(),
+             "tables": found.tables()}
+            for file, found in compared.items()
+        ],
+        settings=settings, notes=notes, pictures=sample_pictures(dataset, 12, side=256),
+    )  # fmt: skip
+    _say(f"The page is {write_text(arguments.html, page)}.")
+
+
+class _Told(list):
+    """Sentences that were said, for the page."""
+
+    def say(self, note: str) -> None:
+        if note not in self:
+            self.append(note)
+            _say(note)
 
 
 def _load_attacks(arguments: argparse.Namespace) -> ClipDataset | None:
@@ -502,6 +609,19 @@ def _info(arguments: argparse.Namespace) -> None:
     print(in_words(facts))
     if arguments.json:
         write_json(arguments.json, facts)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from .bench import bench
+    from .clip.files import write_json
+
+    found = bench(
+        arguments.model, batch_size=arguments.batch_size, rounds=arguments.rounds, precision=arguments.precision,
+        threads=arguments.threads, device=arguments.device, activation=arguments.activation, say=_say,
+    )  # fmt: skip
+    print(found.table())
+    if arguments.json:
+        write_json(arguments.json, found.as_dict())
 
 
 def _tell_notes(notes: Sequence[str]) -> None:

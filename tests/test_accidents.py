@@ -260,8 +260,8 @@ def with_little_memory(place, megabytes, until="never") -> str:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
 def test_a_step_that_finds_too_little_memory_is_done_in_smaller_parts(place, begun):
-    """512 pairs at once take about 400 MB, where there are 150."""
-    said = with_little_memory(place, 150, until="pairs at once")
+    """512 pairs at once take about 400 MB, where there are 80."""
+    said = with_little_memory(place, 80, until="does not hold")
     assert "does not hold 512 pairs at once; the training goes on with micro_batch 256" in said, said
     assert steps_of(place / "memory") == [1, 2, 3]
     parts = [line["micro_batch"] for line in metrics_of(place / "memory")]

@@ -68,7 +68,8 @@ def test_the_run_folder_holds_what_it_promises(model, data, tmp_path):
     folder = tmp_path / "run"
     assert result.run_folder == folder and result.total_steps == 9
     assert sorted(file.name for file in folder.iterdir()) == [
-        "best.safetensors", "chart.png", "config.json", "last.json", "metrics.jsonl", "step_9.safetensors",
+        "best.safetensors", "chart.png", "config.json", "last.json", "metrics.jsonl", "report.html",
+        "step_9.safetensors",
     ]  # fmt: skip
     assert json.loads((folder / "last.json").read_text()) == {"file": "step_9.safetensors", "step": 9}
     config = json.loads((folder / "config.json").read_text())
@@ -529,6 +530,7 @@ def test_a_crash_between_any_two_files_is_healed(model, data, tmp_path, monkeypa
         for kind in ("step", "validation"):
             ours, theirs = lines(folder, kind), lines(tmp_path / "whole", kind)
             assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+        assert "Finished: all 6 steps are done." in (folder / "report.html").read_text()
     assert moment > 8
 
 

@@ -46,7 +46,7 @@ def save_huggingface(
         )
     tensors, done = _hf_state_dict(full_clip, folder, dtype)
     files = {
-        "config.json": _json(_config(architecture, tensors)),
+        "config.json": _json(config_of(architecture, tensors)),
         "preprocessor_config.json": _json(_preprocessor_config(architecture)),
     }
     if architecture.vocab_size == VOCABULARY:
@@ -107,7 +107,7 @@ def _json(value: Mapping[str, Any]) -> str:
 # ---- config.json ----------------------------------------------------------------------------------------------------
 
 
-def _config(architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def config_of(architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """A CLIPConfig, with what equals transformers' defaults too: they are those of ViT-B/32 and may change."""
     a = architecture
     # What transformers loads everything in. Of a mixture it is the widest, which changes no value.

@@ -92,8 +92,15 @@ class Comparison:
 
     def table(self) -> str:
         """The verdict and all numbers for a reader."""
-        parts = ["\n".join(self.verdict), self._table_of_measures(), self._table_of_states(), self._table_of_weights()]
-        return "\n\n".join(parts)
+        return "\n\n".join(["\n".join(self.verdict), *(table(rows) for rows in self.tables().values())])
+
+    def tables(self) -> dict[str, list[dict[str, str]]]:
+        """The numbers as rows of words, by what they are about."""
+        return {
+            "embeddings": self._rows_of_measures(),
+            "what image models read": self._rows_of_states(),
+            "weights": self._rows_of_weights(),
+        }
 
     def chart(self):
         """PIL, RGB: the map, the histograms, what image models read, the weights by depth."""
@@ -119,7 +126,7 @@ class Comparison:
             title=self.verdict[0],
         )
 
-    def _table_of_measures(self) -> str:
+    def _rows_of_measures(self) -> list[dict[str, str]]:
         rows = [
             {"embeddings": words} | {name: digits.format(getattr(found, field))
                                      for name, found in (("baseline", self.baseline), ("model", self.model))}
@@ -128,25 +135,25 @@ class Comparison:
         both = (("baseline", self.calibration_baseline), ("model", self.calibration_model))
         for words, field, digits in _TEMPERATURE:
             rows.append({"embeddings": words} | {name: digits.format(getattr(found, field)) for name, found in both})
-        return table(rows)
+        return rows
 
-    def _table_of_states(self) -> str:
+    def _rows_of_states(self) -> list[dict[str, str]]:
         rows = []
         for state, positions in self.conditioning.states.items():
             row = {"what image models read": f"{self.conditioning.readers[state]}: {STATES[state]}"}
             for position, moved in positions.items():
                 row |= {f"{position} cos": f"{moved.cosine:.4f}", f"{position} change": f"{moved.relative_l2:.1%}"}
             rows.append(row)
-        return table(rows)
+        return rows
 
-    def _table_of_weights(self) -> str:
+    def _rows_of_weights(self) -> list[dict[str, str]]:
         rows = [{"weights": "vision tower", "change": f"{self.weights.vision:.2%}"}]
         rows += [{"weights": "text tower", "change": f"{self.weights.text:.2%}"}]
         rows += [
             {"weights": f"{layer.tower}, {layer.layer}", "change": f"{layer.drift:.2%}"}
             for layer in self.weights.layers
         ]
-        return table(rows)
+        return rows
 
 
 def compare_full_clips(

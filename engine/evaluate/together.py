@@ -11,10 +11,12 @@ import torch
 from ..clip.full_clip import FullCLIP, load_full_clip
 from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset
+from ..report.attack_charts import share_chart
+from ..report.charts import against_baseline, bar_chart
 from ..report.tables import table
 from .attacks import attacks_in
 from .class_names import has_classes, with_classes
-from .features import Encoder, encode_pictures, require_pictures
+from .features import Encoder, FeatureCache, encode_pictures, require_pictures
 from .retrieval import retrieval_of
 from .typographic import typographic_of
 from .zero_shot import require_classes, zero_shot_of
@@ -31,6 +33,7 @@ def evaluate(
     context_length: int | None = None,
     device: torch.device | str | None = None,
     cache: PictureCache | None = None,
+    features: FeatureCache | None = None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> list[dict[str, Any]]:
     """The list under "models" of `eval --json`: zero-shot where the data set has labels, retrieval where captions, a
@@ -48,7 +51,7 @@ def evaluate(
         if not isinstance(source, FullCLIP):
             full_clip, file = load_full_clip(source, activation=activation, context_length=context_length), str(source)
         result: dict[str, Any] = {"name": name, "file": file}
-        encoder = Encoder.of(full_clip, device=device, cache=cache)
+        encoder = Encoder.of(full_clip, device=device, cache=cache, features=features)
         pictures = encode_pictures(encoder, dataset)
         measured: list[tuple[str, Any]] = []
         if labelled and not attacked:
@@ -74,6 +77,11 @@ def evaluate(
 
 def table_of(results: Sequence[dict[str, Any]]) -> str:
     """The same numbers for a reader, a row a model, in percent."""
+    return table(rows_of(results))
+
+
+def rows_of(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """The rows of `table_of`."""
     rows = []
     for result in results:
         row = {"model": result["name"], "file": result["file"] or "", "images": str(result.get("images", ""))}
@@ -97,7 +105,59 @@ def table_of(results: Sequence[dict[str, Any]]) -> str:
                 found = result["retrieval"][key]
                 row |= {f"{words} R@1": percent(found["r1"]), f"{words} R@5": percent(found["r5"])}
         rows.append(row)
-    return table(rows)
+    return rows
+
+
+def charts_of(results: Sequence[dict[str, Any]]) -> list[tuple[str, Any]]:
+    """(a sentence, PIL) for each kind of measurement in the results."""
+    named = dict(zip(names_of(results), results, strict=True))
+    charts: list[tuple[str, Any]] = []
+
+    def sentence(what: str, number: Callable[[dict], float]) -> str:
+        baseline = next((number(found) for found in results if found["name"] == "baseline"), None)
+        return against_baseline(what, number(results[0]), baseline)
+
+    if "zero_shot" in results[0]:
+        measures = {"top 1": "top1", "top 5": "top5", "mean of classes": "mean_per_class"}
+        details = {name: found["details"]["zero_shot"] for name, found in named.items()}
+        title = sentence("Zero-shot accuracy", lambda found: found["zero_shot"]["top1"])
+        chart = share_chart(
+            {words: {name: found["zero_shot"][key] for name, found in named.items()}
+             for words, key in measures.items()},
+            title=title, intervals={"top 1": {name: found["top1_interval"] for name, found in details.items()}},
+        )  # fmt: skip
+        charts.append((title, chart))
+    if "retrieval" in results[0]:
+        ways = {"image to text": "image_to_text", "text to image": "text_to_image"}
+        title = sentence("Recall at 1", lambda found: sum(found["retrieval"][key]["r1"] for key in ways.values()) / 2)
+        groups = {
+            f"{words}\nR@{k}": {name: found["retrieval"][key][f"r{k}"] for name, found in named.items()}
+            for words, key in ways.items()
+            for k in (1, 5)
+        }
+        charts.append((title, bar_chart(groups, title=title)))
+    if "typographic" in results[0]:
+        title = sentence("Accuracy under attack", lambda found: found["typographic"]["accuracy_under_attack"])
+        groups = {
+            f"right, {kind}": {name: found["typographic"]["kinds"][kind]["accuracy"] for name, found in named.items()}
+            for kind in results[0]["typographic"]["kinds"]
+        }
+        groups["the word wins"] = {name: found["typographic"]["word_wins"] for name, found in named.items()}
+        charts.append((title, share_chart(groups, title=title)))
+    return charts
+
+
+def names_of(results: Sequence[dict[str, Any]]) -> list[str]:
+    """A name of its own for each model: its role, and its file's name where several have the same role."""
+    roles = [found["name"] for found in results]
+    names: list[str] = []
+    for found in results:
+        name = found["name"]
+        if roles.count(name) > 1:
+            stem = os.path.splitext(str(found["file"]))[0]
+            name = "/".join(stem.replace(os.sep, "/").split("/")[-2:])  # every run's model is called best
+        names.append(name if name not in names else f"{name} ({len(names) + 1})")
+    return names
 
 
 def percent(share: float) -> str:

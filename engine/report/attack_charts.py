@@ -6,10 +6,10 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from .charts import _BLUE, _GREY, _INK, _ORANGE, _canvas, _dress, _legend, _picture
-from .contact_sheet import contact_sheet
+from .canvas import DPI, GROUND, INK, TOP, add_legend, canvas, colours_of, dress, picture_of
+from .contact_sheet import contact_sheet, font, wrapped
 
-_WIDTH, _DPI = 892, 100  # pixels; four pictures of a contact sheet side by side
+_WIDTH = 892  # pixels; four pictures of a contact sheet side by side
 _BARS_HEIGHT, _ROW, _MOST_ROWS = 400, 0.34, 12  # pixels; inches a row of bars; rows
 _LETTERS = 44  # of a text or pair of names in a line
 
@@ -25,25 +25,25 @@ def share_chart(
     them, if given, for each name what was most often `confused`: (class, what it was taken for, how often)."""
     lists = {name: list(pairs[:6]) for name, pairs in (confused or {}).items() if pairs}
     rows = max(map(len, lists.values()), default=0)
-    height = _BARS_HEIGHT / _DPI + (rows * _ROW + 0.9 if rows else 0)
-    figure = _canvas((_WIDTH / _DPI, height))
+    height = _BARS_HEIGHT / DPI + (rows * _ROW + 0.9 if rows else 0)
+    figure = canvas((_WIDTH / DPI, height))
     if not rows:
         _draw_groups(figure.add_subplot(), groups, title, intervals or {})
-        return _picture(figure)
-    grid = figure.add_gridspec(2, len(lists), height_ratios=[_BARS_HEIGHT / _DPI, rows * _ROW + 0.9])
+        return picture_of(figure)
+    grid = figure.add_gridspec(2, len(lists), height_ratios=[_BARS_HEIGHT / DPI, rows * _ROW + 0.9])
     _draw_groups(figure.add_subplot(grid[0, :]), groups, title, intervals or {})
     most = max(count for pairs in lists.values() for *_, count in pairs)
     for number, (name, pairs) in enumerate(lists.items()):
         axes = figure.add_subplot(grid[1, number])
         wide = _LETTERS if len(lists) == 1 else _LETTERS // 2
         labels = [_cut(f"{one} → {other}", wide) for one, other, _ in pairs]
-        drawn = axes.barh(range(len(pairs)), [count for *_, count in pairs], 0.7, color=_colours(list(lists))[number])
-        axes.bar_label(drawn, color=_INK, fontsize=10, padding=3)
-        _dress(axes, f"Most often mistaken by the {name}" if len(lists) > 1 else "Most often mistaken", 10)
+        drawn = axes.barh(range(len(pairs)), [count for *_, count in pairs], 0.7, color=colours_of(list(lists))[number])
+        axes.bar_label(drawn, color=INK, fontsize=10, padding=3)
+        dress(axes, f"Most often mistaken by the {name}" if len(lists) > 1 else "Most often mistaken", 10)
         axes.set_yticks(range(len(pairs)), labels, parse_math=False)
         axes.set(xlim=(0, most * 1.15), ylim=(rows - 0.4, -0.6), xticks=[])
         axes.grid(visible=False)
-    return _picture(figure)
+    return picture_of(figure)
 
 
 def attack_chart(
@@ -73,33 +73,33 @@ def ranking_chart(
     names, shown = list(shares), list(texts[:_MOST_ROWS])
     lines = ["\n".join(textwrap.wrap(_cut(text, 2 * _LETTERS), _LETTERS)) or " " for text in shown]
     tall = sum(0.3 + 0.2 * line.count("\n") + 0.24 * len(names) for line in lines) + 1.3
-    figure = _canvas((10.24, max(4.2, tall)))
+    figure = canvas((10.24, max(4.2, tall)))
     image, axes = figure.subplots(1, 2, width_ratios=[1, 1.7])
     image.imshow(picture.convert("RGB"))
     image.set_axis_off()
     width = 0.8 / len(names)
-    for number, (name, colour) in enumerate(zip(names, _colours(names), strict=True)):
+    for number, (name, colour) in enumerate(zip(names, colours_of(names), strict=True)):
         places = [row + (number - (len(names) - 1) / 2) * width for row in range(len(shown))]
         values = [100 * share for share in shares[name][: len(shown)]]
         drawn = axes.barh(places, values, width * 0.92, color=colour, label=name)
         told = [f"{_percent(value)}   cos {cosine:.3f}" for value, cosine in zip(values, cosines[name], strict=False)]
-        axes.bar_label(drawn, told, color=_INK, fontsize=10, padding=4)
+        axes.bar_label(drawn, told, color=INK, fontsize=10, padding=4)
     more = f" (the first {_MOST_ROWS} of {len(texts)} texts)" if len(texts) > _MOST_ROWS else ""
-    _dress(axes, title + more, 11)
+    dress(axes, title + more, 11)
     axes.set_yticks(range(len(shown)), lines, parse_math=False)
-    axes.set_xlabel("share of these texts, in percent", color=_INK)
+    axes.set_xlabel("share of these texts, in percent", color=INK)
     axes.set(xlim=(0, 145), ylim=(len(shown) - 0.45, -0.55 - 0.5 * (len(names) > 1)))
     axes.set_xticks(range(0, 101, 25))
     axes.grid(axis="y", visible=False)
     if len(names) > 1:
-        _legend(axes, loc="upper right", ncols=len(names))
-    return _picture(figure)
+        add_legend(axes, loc="upper right", ncols=len(names))
+    return picture_of(figure)
 
 
 def _draw_groups(axes, groups, title: str, intervals) -> None:
     names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
     width = 0.8 / max(1, len(names))
-    for number, (name, colour) in enumerate(zip(names, _colours(names), strict=True)):
+    for number, (name, colour) in enumerate(zip(names, colours_of(names), strict=True)):
         xs = [group + (number - (len(names) - 1) / 2) * width for group in range(len(groups))]
         values = [100 * bars.get(name, math.nan) for bars in groups.values()]
         drawn = axes.bar(xs, values, width * 0.92, color=colour, label=name)
@@ -107,28 +107,22 @@ def _draw_groups(axes, groups, title: str, intervals) -> None:
         for x, value, label in zip(xs, values, groups, strict=True):
             low, high = (100 * end for end in intervals.get(label, {}).get(name, (value / 100, value / 100)))
             if high > low:
-                axes.vlines(x, low, high, color=_INK, linewidth=1.5)
+                axes.vlines(x, low, high, color=INK, linewidth=1.5)
             tops.append(max(high, value))
         for bar, value, top in zip(drawn, values, tops, strict=True):
             if not math.isnan(value):
-                axes.annotate(f"{value:.1f}", (bar.get_x() + bar.get_width() / 2, top), (0, 3), color=_INK,
+                axes.annotate(f"{value:.1f}", (bar.get_x() + bar.get_width() / 2, top), (0, 3), color=INK,
                               textcoords="offset points", ha="center", fontsize=12 if len(names) * len(groups) <= 12
                               else 9)  # fmt: skip
-    _dress(axes, title)
+    dress(axes, title)
     labels = ["\n".join(textwrap.wrap(label, 18, break_on_hyphens=False)) for label in groups]
     axes.set_xticks(range(len(groups)), labels, fontsize=13 if len(groups) <= 4 else 10, parse_math=False)
     axes.set_ylabel("percent")
-    axes.set_ylim(0, 115)
+    axes.set_ylim(0, TOP if len(names) > 1 else 115)
     axes.set_yticks(range(0, 101, 20))
     axes.grid(axis="x", visible=False)
     if len(names) > 1:
-        _legend(axes, loc="upper center", ncols=len(names))
-
-
-def _colours(names: Sequence[str]) -> list[str]:
-    """The baseline is grey wherever it stands."""
-    others = iter((_BLUE, _ORANGE, *[_BLUE] * len(names)))
-    return [_GREY if name == "baseline" else next(others) for name in names]
+        add_legend(axes, loc="upper center", ncols=len(names))
 
 
 def _percent(value: float) -> str:
@@ -142,11 +136,9 @@ def _cut(text: str, most: int) -> str:
 def _heading(text: str, width: int):
     from PIL import Image, ImageDraw
 
-    from .contact_sheet import _GROUND, _font, wrapped
-
     lines = wrapped(text, width - 24, 2)
-    line = Image.new("RGB", (width, 10 + 20 * max(1, len(lines))), _GROUND)
+    line = Image.new("RGB", (width, 10 + 20 * max(1, len(lines))), GROUND)
     draw = ImageDraw.Draw(line)
     for number, words in enumerate(lines):
-        draw.text((12, 6 + 20 * number), words, fill=_INK, font=_font())
+        draw.text((12, 6 + 20 * number), words, fill=INK, font=font())
     return line

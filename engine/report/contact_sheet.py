@@ -6,8 +6,9 @@ import functools
 import os
 from collections.abc import Sequence
 
+from .canvas import GROUND, INK
+
 _SIDE, _GAP, _LINES, _LETTERS = 208, 12, 4, 13  # pixels; of a picture, between them; lines of a caption; their size
-_GROUND, _INK = "#20232a", "#e8e8e8"
 _MOST_LETTERS = 400  # more is never drawn, so more is not measured
 
 
@@ -23,7 +24,7 @@ def contact_sheet(pictures: Sequence[tuple], *, columns: int = 6):
     line_height = _LETTERS + 4
     cell = _SIDE + 6 + _LINES * line_height
     size = (columns * (_SIDE + _GAP) + _GAP, rows * (cell + _GAP) + _GAP)
-    sheet = Image.new("RGB", size, _GROUND)
+    sheet = Image.new("RGB", size, GROUND)
     draw = ImageDraw.Draw(sheet)
     for number, (picture, caption) in enumerate(pictures):
         row, column = divmod(number, columns)
@@ -31,9 +32,9 @@ def contact_sheet(pictures: Sequence[tuple], *, columns: int = 6):
         small = _fitted(picture)
         sheet.paste(small, (left + (_SIDE - small.width) // 2, top + (_SIDE - small.height) // 2))
         for line, words in enumerate(wrapped(caption)):
-            draw.text((left, top + _SIDE + 6 + line * line_height), words, fill=_INK, font=_font())
+            draw.text((left, top + _SIDE + 6 + line * line_height), words, fill=INK, font=font())
     if not pictures:
-        draw.text((_GAP, _GAP), "no picture that can be opened", fill=_INK, font=_font())
+        draw.text((_GAP, _GAP), "no picture that can be opened", fill=INK, font=font())
     return sheet
 
 
@@ -43,7 +44,7 @@ def wrapped(caption: str, width: int = _SIDE, lines: int = _LINES) -> list[str]:
     while rest and len(found) < lines:
         fits = _fitting(rest, width)
         if fits < len(rest) and len(found) == lines - 1:
-            found.append(rest[: _fitting(rest, width - _font().getlength("…"))].rstrip() + "…")
+            found.append(rest[: _fitting(rest, width - font().getlength("…"))].rstrip() + "…")
             break
         space = rest.rfind(" ", 0, fits + 1)
         cut = fits if fits == len(rest) or space <= 0 else space
@@ -57,7 +58,7 @@ def _fitting(text: str, width: float) -> int:
     low, high = 1, len(text)
     while low < high:
         middle = (low + high + 1) // 2
-        if _font().getlength(text[:middle]) <= width:
+        if font().getlength(text[:middle]) <= width:
             low = middle
         else:
             high = middle - 1
@@ -77,7 +78,7 @@ def _fitted(picture):
 
 
 @functools.cache
-def _font():
+def font():
     """DejaVu Sans, which comes with matplotlib and knows far more letters than Pillow's own font."""
     import matplotlib
     from PIL import ImageFont

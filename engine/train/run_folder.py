@@ -59,13 +59,27 @@ class RunFolder:
         return self.path / "chart.png"
 
     @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def pointer_file(self) -> Path:
         return self.path / "last.json"
 
+    def config(self) -> dict[str, Any]:
+        """What config.json says; nothing if it is not there."""
+        return self._read_json(self.config_file) if self.config_file.is_file() else {}
+
     def identity(self) -> dict[str, Any] | None:
         """The identity of the run that lives here; None if none does."""
-        found = self._read_json(self.config_file).get("identity") if self.config_file.is_file() else None
+        found = self.config().get("identity")
         return found if isinstance(found, dict) else None
+
+    def has_newest_report(self) -> bool:
+        """Whether the report was written after the newest state, and not before a crash came between the two."""
+        if not self.report_file.is_file() or not self.pointer_file.is_file():
+            return False
+        return self.report_file.stat().st_mtime_ns >= self.pointer_file.stat().st_mtime_ns
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
@@ -160,7 +174,8 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove this run's files (and only those)."""
-        mine = (self.pointer_file, *self._states(), self.metrics_file, self.best_file, self.chart_file)
+        shown = (self.chart_file, self.report_file)
+        mine = (self.pointer_file, *self._states(), self.metrics_file, self.best_file, *shown)
         for file in (*mine, self.config_file):  # last, so that a folder that is half cleared still is a run's
             file.unlink(missing_ok=True)
         remove_parts(self.path)

@@ -44,6 +44,7 @@ from .preparation import (
     useful_validation,
 )  # fmt: skip
 from .profile import Profile
+from .reporting import write_report
 from .results import Notes, Progress, TrainResult
 from .run_folder import RunFolder, claim_run_folder
 from .step import TrainingStep
@@ -142,6 +143,8 @@ class Training:
     def run_to_the_end(self, identity: Mapping[str, Any], origins: Mapping[str, str]) -> TrainResult:
         state = self.folder.load_state(self.notes.append)
         if state is not None and self._is_finished(state[1]):
+            if not self.folder.has_newest_report():
+                write_report(self)
             return self._result(already_finished=True)
         remove_parts(self.folder.path)
         self._build()
@@ -362,6 +365,7 @@ class Training:
                 self.notes.append(
                     f"Stopped; the state of step {self.saved_step} is saved, and the same run goes on from it."
                 )
+                write_report(self)
 
     def _finish(self) -> None:
         if self.loader.broken:
@@ -385,6 +389,7 @@ class Training:
         if self.validation is None:
             self._write_best(None)
         self._save()
+        write_report(self)
 
     def _out_of_memory(self) -> UserError:
         pairs = min(self.work.micro_batch, self.batch_size)
