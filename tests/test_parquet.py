@@ -286,6 +286,26 @@ def test_they_are_measured_as_the_same_pictures_in_files_are(tmp_path):
     assert found.images == 12
 
 
+def test_evaluators_know_a_picture_by_its_bytes(tmp_path):
+    """So that one that is there twice counts once, and one that is written anew is encoded anew."""
+    from clip_finetune.engine.evaluate.features import Encoder, FeatureCache, encode_pictures
+
+    file, cache = tmp_path / "many.parquet", FeatureCache()
+    first, second, third = (encoded(number) for number in (1, 2, 3))
+
+    def features(*contents):
+        written(file, {"image": held(*contents), "text": ["a"] * len(contents)})
+        encoder = Encoder.of(random_clip(), device="cpu", features=cache)
+        return encode_pictures(encoder, load_dataset(tmp_path))
+
+    before = features(first, second, first)
+    assert before.samples == [[0, 2], [1]]
+    os.utime(file, (1, 1))
+    after = features(third, second, first)
+    assert after.samples == [[0], [1], [2]]
+    assert torch.equal(after.features[2], before.features[0]) and not torch.equal(after.features[0], before.features[0])
+
+
 def test_a_file_that_may_not_be_read_is_told(ordinary_user):
     place, rights = ordinary_user
     file = captioned(place / "mine/a.parquet")

@@ -1,6 +1,7 @@
 """Pictures on their way into a training: how they become squares, what chance does, and what is kept on the disk."""
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -559,6 +560,15 @@ def test_broken_pictures_that_are_met_later_stop_the_run_which_can_go_on(tmp_pat
         run(load_dataset(folder), tmp_path / "run")
     result = run(load_dataset(folder), tmp_path / "run", max_broken=0.1)
     assert result.total_steps == 30 and any("4 training pictures cannot be opened" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize("resize", ["exact", "fast"])
+def test_a_file_that_is_open_gives_what_its_path_gives_and_stays_open(tmp_path, form, resize):
+    noise(40, 60).save(tmp_path / "a", form)
+    file, transform = io.BytesIO((tmp_path / "a").read_bytes()), Transform(image_size=32, resize=resize)
+    for _ in range(2):
+        assert torch.equal(transform.load(file), transform.load(tmp_path / "a"))
 
 
 def test_a_picture_that_may_not_be_read_is_named(ordinary_user):

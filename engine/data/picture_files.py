@@ -77,11 +77,14 @@ def opener_of(place: str | os.PathLike | BinaryIO) -> str | os.PathLike | Binary
 
 
 @contextlib.contextmanager
-def open_bytes(place: str | os.PathLike) -> Iterator[BinaryIO]:
+def open_bytes(place: str | os.PathLike | BinaryIO) -> Iterator[BinaryIO]:
     """The bytes of a picture, as a file. Raises `BrokenImage` and `OSError`."""
     source = opener_of(place)
-    with source if isinstance(source, io.BytesIO) else open(source, "rb") as file:
-        yield file
+    if isinstance(source, (str, os.PathLike)):
+        with open(source, "rb") as file:
+            yield file
+    else:  # it takes no more than memory, or is the caller's to close
+        yield source
 
 
 def suffix_of(place: str | os.PathLike) -> str:

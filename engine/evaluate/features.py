@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset
 from ..data.images import normalize
 from ..data.loader import Pictures, image_batches, in_threads
+from ..data.picture_files import open_bytes, stat_of
 from ..data.tokens import Tokenizer, cut_to_longest
 from ..data.transform import Transform
 from ..errors import UserError
@@ -249,16 +249,16 @@ def encode_pictures(encoder: Encoder, dataset: ClipDataset) -> EncodedPictures:
 def _digest(dataset: ClipDataset, index: int) -> str:
     path = dataset.path(index)
     try:
-        found = os.stat(path)
+        found = stat_of(path)
         return _digest_of(str(path), found.st_size, found.st_mtime_ns)
-    except (OSError, ValueError):  # the latter for a name with a null character
+    except (OSError, ValueError):  # the latter for a name with a null character, and for a row that is damaged
         return f"unreadable {path}"  # decoding it tells the reason
 
 
 @functools.lru_cache(maxsize=200_000)
 def _digest_of(path: str, size: int, time: int) -> str:
     """Of a file that has this size and time: each validation of a run sees the same files."""
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _old(file)
 
 
