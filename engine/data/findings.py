@@ -89,8 +89,7 @@ def _without_captions(found: Inspection) -> str:
 def _unnamed(found: Inspection) -> str:
     return _finding(
         found.unnamed, "in the folder is not in this data set", "in the folder are not in this data set",
-        "They have no caption, or were kept for the other part of a validation split. Write captions if they are to be "
-        "learnt:",
+        "They have no caption; write some if they are to be learnt:",
     )  # fmt: skip
 
 
