@@ -50,9 +50,12 @@ def losses(result):
     return [step["loss"] for step in result.steps]
 
 
+@pytest.mark.parametrize("at_once", [1, 4])
 @pytest.mark.parametrize("settings", [{}, BLOCKS, {"gmp": True}, {"gmp": True, **BLOCKS}])
-def test_a_training_is_the_same_with_and_without(data, tmp_path, monkeypatch, computed, settings):
-    """In float64: losses and weights after steps in which every picture came several times."""
+def test_a_training_is_the_same_with_and_without(data, tmp_path, monkeypatch, computed, settings, at_once):
+    """In float64: losses and weights after steps in which every picture came several times; with 4 at once the last
+    part of a batch of 6 is filled."""
+    monkeypatch.setattr(frozen_vision, "_at_once", lambda work: at_once)
     monkeypatch.setattr(weights, "MASTERS", torch.float64)
     kept = run(data, tmp_path / "kept", **settings)
     assert len(computed) == len(data)
@@ -74,7 +77,7 @@ def test_nothing_is_kept_of_a_tower_that_trains(data, tmp_path, computed):
 @pytest.mark.parametrize("settings", [{}, BLOCKS, {"flip": True, "jitter": 0.5, "picture_views": 2}])
 @pytest.mark.parametrize("stop", [1, 4, 7])
 def test_a_run_that_goes_on_gets_the_same_bits_with_the_cache_and_without(data, tmp_path, settings, stop):
-    """Pictures are computed beside others then; the last part of a batch is filled."""
+    """Pictures come beside others then."""
 
     def stops(progress):
         if progress.step == stop:

@@ -22,8 +22,9 @@ from .parts import layers_of, part_of
 if TYPE_CHECKING:
     from .step import TrainingStep
 
-# At most so many pictures go through at once, always in parts of one size: then what a picture gives does not depend on
-# those beside it, and a run that goes on gets the same bits.
+# How many pictures go through at once, at most. What a picture gives must not depend on those beside it, so that a run
+# that goes on gets the same bits: a processor takes one at a time, which costs it little, and elsewhere a part that is
+# not full is filled.
 _PART = 64
 
 
@@ -74,7 +75,7 @@ class FrozenVision:
                 image += 1
             if kept is not None:
                 found[place] = kept
-        part = min(_PART, self.work.micro_batch)
+        part = _at_once(self.work)
         for start in range(0, len(places), part):
             self.work.check_cancelled()
             images = batch.images[rows[start : start + part]]
@@ -94,6 +95,10 @@ class FrozenVision:
     def _run(self, pictures: Tensor) -> Tensor:
         network = self.work.network
         return network.encode_image(pictures) if self.blocks is None else network.image_states(pictures, self.blocks)
+
+
+def _at_once(work: TrainingStep) -> int:
+    return 1 if work.device.type == "cpu" else min(_PART, work.micro_batch)
 
 
 def frozen_blocks(architecture: Architecture, config: TrainConfig) -> int | None:
