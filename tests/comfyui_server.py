@@ -154,6 +154,14 @@ class Server:
 
         return asyncio.run(asyncio.wait_for(self._queue(prompt, on_message), timeout))
 
+    def forget(self) -> None:
+        """As after a restart: nothing that ran is remembered. The host does that after a prompt, so one is queued."""
+        self.request("/free", {"unload_models": True, "free_memory": True})
+        inputs = {"1": {"class_type": "PrimitiveInt", "inputs": {"value": 1}},
+                  "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}}}  # fmt: skip
+        result = self.queue(inputs)
+        assert result["status"] == "success", result
+
     async def _queue(self, prompt: dict, on_message) -> dict:
         import aiohttp
 

@@ -135,7 +135,7 @@ def test_queued_again_nothing_is_trained_again(comfyui):
     again = succeed(comfyui, prompt)
     assert set(again["cached"]) >= {"1", "2", "3"} and "3" not in again["executed"]
     # Even where the host forgot it, the finished run is returned.
-    comfyui.request("/free", {"unload_models": True, "free_memory": True})
+    comfyui.forget()
     prompt["3"]["inputs"]["save_every_minutes"] = 3.0
     result = succeed(comfyui, prompt)
     assert "3" in result["executed"] and metrics(comfyui, "twice") == before

@@ -114,7 +114,7 @@ def test_images_and_texts_of_other_nodes_are_a_data_set_and_stay_the_same_one(co
     assert len(before) == 8
     # As after a restart: the temp folder is empty and nothing is remembered.
     shutil.rmtree(kept)
-    comfyui.request("/free", {"unload_models": True, "free_memory": True})
+    comfyui.forget()
     prompt["9"]["inputs"]["save_every_minutes"] = 3.0
     result = succeed(comfyui, prompt)
     assert {file.name: file.stat().st_mtime_ns for file in kept.iterdir()} == before

@@ -79,7 +79,7 @@ def test_prepared_pictures_are_listed_and_loaded_and_the_old_ones_stay(comfyui):
 def test_the_same_again_makes_nothing_new_and_other_settings_the_next_folder(comfyui):
     prompt = {"1": node("PrepareCLIPImages", folder="photos", jitter_copies=1, name="mine")}
     succeed(comfyui, prompt)
-    comfyui.request("/free", {"unload_models": True, "free_memory": True})
+    comfyui.forget()
     assert "was made of these pictures" in succeed(comfyui, prompt)["texts"]["1"]
     prompt["1"]["inputs"]["seed"] = 1
     succeed(comfyui, prompt)
