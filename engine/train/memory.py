@@ -21,7 +21,7 @@ from .config import TrainConfig
 if TYPE_CHECKING:
     from .step import TrainingStep
 
-_KEPT_OF_BLOCK, _KEPT_OF_LAST, _PASSING, _WHOLE_BLOCK, _FORWARD = 16, 4, 3, 20, 14
+_KEPT_OF_BLOCK, _KEPT_OF_LAST, _PASSING, _WHOLE_BLOCK, _FORWARD = 16, 4, 3, 22, 14
 # Matrices [b, b] in fp32 that a loss and its gradient hold at one time.
 _LOGITS = 8
 # Bytes in fp32 that RN50 keeps on the CPU (102 MB a picture, or 40 MB checkpointed, for 6.3 M values that its stem and
