@@ -21,6 +21,8 @@ from .config import TrainConfig
 if TYPE_CHECKING:
     from .step import TrainingStep
 
+# The last three are not counted but read off torch's allocator on a processor: in backward's first block beside what is
+# kept, in the block that it goes through last, and in a block of a forward pass without backward.
 _KEPT_OF_BLOCK, _KEPT_OF_LAST, _PASSING, _WHOLE_BLOCK, _FORWARD = 16, 4, 3, 22, 14
 # Matrices [b, b] in fp32 that a loss and its gradient hold at one time.
 _LOGITS = 8
