@@ -14,30 +14,32 @@ from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset, load_dataset
 from ..errors import UserError
 from ..report.tables import table
+from .coco import SPLIT_FILES, karpathy_test
 from .features import Encoder, encode_pictures
 from .retrieval import retrieval_of
 from .zero_shot import zero_shot_of
 
 ACTIVATIONS = ("quick_gelu", "gelu")
+_SIZE = 0.02  # by how much of its pictures a set may be off
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A published share (0 to 1) of a model on a set ("imagenet" or "coco"), and by how much a measurement may be off:
-    decoders and resizers differ a little."""
+    """A published share (0 to 1) of a model on a set ("imagenet" or "coco") of so many pictures, and by how much a
+    measurement may be off: decoders and resizers differ a little."""
 
     name: str
     on: str
     value: float
     tolerance: float
+    pictures: int
 
 
-# Of ViT-L/14, as open_clip's and CLIP_benchmark's tables of results have them; COCO's are those of the 5,000 test
-# pictures of Karpathy's split.
+# Of ViT-L/14, as open_clip's and CLIP_benchmark's tables of results have them; COCO's are those of Karpathy's split.
 PUBLISHED = (
-    Figure("ImageNet zero-shot top 1", "imagenet", 0.755, 0.004),
-    Figure("COCO text to image R@5", "coco", 0.611, 0.01),
-    Figure("COCO image to text R@5", "coco", 0.792, 0.01),
+    Figure("ImageNet zero-shot top 1", "imagenet", 0.755, 0.004, 50_000),
+    Figure("COCO text to image R@5", "coco", 0.611, 0.01, 5000),
+    Figure("COCO image to text R@5", "coco", 0.792, 0.01, 5000),
 )
 
 
@@ -89,10 +91,13 @@ def selfcheck(
     """Measure a model whose figures are known, with both activations that its file may mean, and compare.
 
     `imagenet` is a folder of ImageNet's validation pictures with a subfolder for each class, `coco` one of pictures
-    with COCO's captions. Raises `UserError` if neither is given, or if one cannot be used.
+    with COCO's captions, of which those of Karpathy's test part count where a file tells which these are (see
+    `karpathy_test`). Raises `UserError` if neither is given, or if one cannot be used.
     """
     sets = _opened(imagenet, coco)
     figures = tuple(figure for figure in published if figure.on in sets)
+    for figure in figures:
+        _require_size(figure, sets[figure.on])
     own = full_clip.architecture.activation
     measured: dict[str, dict[str, float]] = {}
     notes: list[str] = []
@@ -117,7 +122,8 @@ def require_sets(imagenet: str | os.PathLike | None, coco: str | os.PathLike | N
     if not imagenet and not coco:
         raise UserError(
             "The self-check measures on sets that are not here: give --imagenet, a folder of ImageNet's 50,000 "
-            "validation pictures in a subfolder for each class, or --coco, one with COCO's pictures and annotations."
+            "validation pictures in a subfolder for each class, or --coco, one with COCO's pictures and Karpathy's "
+            "dataset_coco.json."
         )
     for name, place in (("imagenet", imagenet), ("coco", coco)):
         if place and not os.path.isdir(place):
@@ -126,12 +132,30 @@ def require_sets(imagenet: str | os.PathLike | None, coco: str | os.PathLike | N
 
 def _opened(imagenet: str | os.PathLike | None, coco: str | os.PathLike | None) -> dict[str, ClipDataset]:
     require_sets(imagenet, coco)
-    found = {name: load_dataset(place) for name, place in (("imagenet", imagenet), ("coco", coco)) if place}
-    if "imagenet" in found and not found["imagenet"].has_labels:
-        raise UserError(f"--imagenet is {imagenet}, which has no subfolder of pictures for each class.")
-    if "coco" in found and not found["coco"].has_captions:
-        raise UserError(f"--coco is {coco}, which has no captions.")
+    found = {}
+    if imagenet:
+        found["imagenet"] = load_dataset(imagenet)
+        if not found["imagenet"].has_labels:
+            raise UserError(f"--imagenet is {imagenet}, which has no subfolder of pictures for each class.")
+    if coco:
+        found["coco"] = karpathy_test(coco) or load_dataset(coco)
+        if not found["coco"].has_captions:
+            raise UserError(f"--coco is {coco}, which has no captions.")
     return found
+
+
+def _require_size(figure: Figure, dataset: ClipDataset) -> None:
+    """Among more pictures the right one is found less often: a figure holds for sets of its own size alone."""
+    found = len(dataset) - len(dataset.missing())
+    if abs(found - figure.pictures) <= _SIZE * figure.pictures:
+        return
+    why = f"--{figure.on} has {found:,} pictures, and the published figures are those of {figure.pictures:,}"
+    if figure.on == "coco":
+        raise UserError(
+            f"{why}, the test part of Karpathy's split; put {SPLIT_FILES[0]}, which tells them apart, into its folder "
+            "with the pictures of 2014 or 2017."
+        )
+    raise UserError(f"{why}; give the whole validation set, with a subfolder for each class.")
 
 
 def _measured(name: str, encoder: Encoder, dataset: ClipDataset) -> tuple[dict[str, float], Sequence[str]]:
