@@ -5,12 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ..engine.data.transform import Transform
 from ..engine.evaluate.attacks import CLEAN
-from ..engine.evaluate.features import trained_transform
 from ..engine.evaluate.ranking import rank_captions
 from ..engine.evaluate.together import percent
-from ..engine.evaluate.typographic import attacked_picture, eval_typographic, fooled_apart
+from ..engine.evaluate.typographic import eval_typographic, sheet_heading, sheet_of
 from ..engine.report.attack_charts import attack_chart, ranking_chart
 from ..engine.report.charts import against_baseline
 from ..engine.report.tables import table
@@ -49,10 +47,8 @@ class EvalTypographic(io.ComfyNode):
             "Accuracy under attack", model.accuracy_under_attack, before and before.accuracy_under_attack
         )
         display.say(sentence)
-        pairs = fooled_apart(model, before)
-        sheet = _sheet(dataset, pairs, trained_transform(full_clip), seed)
-        heading = "Pictures that fool one of the models and not the other:" if before else "Pictures that fool it:"
-        chart = host.image_tensor(attack_chart(_groups(results), sheet, title=sentence, heading=heading))
+        sheet, heading = sheet_of(dataset, model, before), sheet_heading(before is not None)
+        chart = host.image_tensor(attack_chart(_groups(results), sheet, title=sentence, heading=f"{heading}:"))
         return io.NodeOutput(model.accuracy_under_attack, _table(results), chart, ui=ui.PreviewImage(chart, cls=cls))
 
 
@@ -81,14 +77,6 @@ def _table(results):
         if kind != CLEAN or measure != "the written word wins"
     ]
     return table(rows)
-
-
-def _sheet(dataset, pairs, transform: Transform, seed):
-    def caption(mine, other):
-        told = f"{mine.shows}, “{mine.word}” is written. Model: {mine.answer}."
-        return told if other is None else f"{told} Baseline: {other.answer}."
-
-    return [(attacked_picture(dataset, mine, transform, seed), caption(mine, other)) for mine, other in pairs]
 
 
 class RankCaptions(io.ComfyNode):

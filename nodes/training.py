@@ -106,11 +106,11 @@ def _train(cls, presets, gmp, full_clip, train_set, validation, run_name, preset
             on_existing=if_run_exists, origins=origins, cache_folder=host.picture_cache_folder(), on_note=display.say,
             on_progress=show, check_cancelled=host.check_cancelled,
         )  # fmt: skip
-    display.say(f"Done: the model of step {result.best_step} of {result.total_steps}.")
+    folder = host.relative_to_output(result.run_folder)
+    report = f" All about it: {folder}/{result.report_file.name} in the output folder." if result.report_file else ""
+    display.say(f"Done: the model of step {result.best_step} of {result.total_steps}.{report}")
     chart = host.image_tensor(loss_chart(result.steps, result.validations, title=result.run_folder.name))
-    return io.NodeOutput(
-        result.full_clip, chart, host.relative_to_output(result.run_folder), ui=ui.PreviewImage(chart, cls=cls)
-    )
+    return io.NodeOutput(result.full_clip, chart, folder, ui=ui.PreviewImage(chart, cls=cls))
 
 
 class TrainCLIP(io.ComfyNode):

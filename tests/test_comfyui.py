@@ -121,7 +121,9 @@ def test_a_training_shows_its_chart_and_saves_what_it_says(comfyui):
     assert len(result["previews"]) >= 2 and result["previews"][0] != result["previews"][-1]
     assert all(preview[:2] == b"\xff\xd8" for preview in result["previews"])  # JPEG, so never an alpha channel
     assert "Done: the model of step" in result["texts"]["3"]
+    assert "All about it: clip_finetune/shown/report.html in the output folder." in result["texts"]["3"]
     folder = comfyui.base / "output/clip_finetune/shown"
+    assert (folder / "report.html").is_file()
     saved = load_full_clip(comfyui.base / "output/full_clip/shown_00001_.safetensors")
     best = load_full_clip(folder / "best.safetensors")
     assert all(same_bits(saved.state_dict[name], tensor) for name, tensor in best.state_dict.items())

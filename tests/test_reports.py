@@ -12,8 +12,17 @@ from clips import random_clip
 from pictures import class_folder, labels_folder
 from PIL import Image
 
-from clip_finetune.engine import TrainConfig, load_dataset, save_full_clip, split_dataset, train
+from clip_finetune.engine import (
+    TrainConfig,
+    eval_typographic,
+    load_dataset,
+    load_full_clip,
+    save_full_clip,
+    split_dataset,
+    train,
+)
 from clip_finetune.engine.cli import main
+from clip_finetune.engine.evaluate.typographic import fooled_apart
 from clip_finetune.engine.report import html
 from clip_finetune.engine.report.html import MOST_BYTES, Page, escaped, fold, html_table, paragraph
 
@@ -232,7 +241,14 @@ def test_eval_of_classes_tells_each_class(here):
     ]
     for name, share in shares[0].items():
         assert f"{name} 3 {share:.1%} {shares[1][name]:.1%}" in found.text
-    assert "Accuracy under attack" in found.text and len(found.pictures) == 2 + 12
+    assert "Accuracy under attack" in found.text
+    models = (load_full_clip(f"{name}.safetensors") for name in ("other", "tiny"))
+    fooled = fooled_apart(*(eval_typographic(model, load_dataset("classes")) for model in models))
+    assert fooled and "Pictures that fool one of the models and not the other" in found.text
+    for mine, other in fooled:
+        told = f"{mine.shows}, “{mine.word}” is written. Model: {mine.answer}. Baseline: {other.answer}."
+        assert told in found.text
+    assert len(found.pictures) == 2 + len(fooled) + 12
 
 
 def test_two_models_of_one_file_name_are_told_apart(here):

@@ -18,7 +18,7 @@ from .attacks import attacks_in
 from .class_names import has_classes, with_classes
 from .features import Encoder, FeatureCache, encode_pictures, require_pictures
 from .retrieval import retrieval_of
-from .typographic import typographic_of
+from .typographic import TypographicResult, typographic_of
 from .zero_shot import require_classes, zero_shot_of
 
 
@@ -35,11 +35,13 @@ def evaluate(
     cache: PictureCache | None = None,
     features: FeatureCache | None = None,
     on_note: Callable[[str], None] = lambda note: None,
+    on_attack: Callable[[str, TypographicResult], None] = lambda name, found: None,
 ) -> list[dict[str, Any]]:
     """The list under "models" of `eval --json`: zero-shot where the data set has labels, retrieval where captions, a
     typographic attack if it is asked for. A model encodes each picture once for all of them.
 
-    `models` are pairs of a name ("model" or "baseline") and a file, hub name or FullCLIP.
+    `models` are pairs of a name ("model" or "baseline") and a file, hub name or FullCLIP; `on_attack` gets the name and
+    what the attack brought, picture by picture.
     """
     require_pictures(dataset)
     results, told = [], set()
@@ -62,6 +64,7 @@ def evaluate(
             measured.append(("retrieval", retrieval_of(encoder, dataset, pictures=pictures)))
         if typographic:
             measured.append(("typographic", typographic_of(encoder, dataset, pictures=pictures)))
+            on_attack(name, measured[-1][1])
         result["images"] = len(pictures.features)
         for part, found in measured:
             if part != "typographic":

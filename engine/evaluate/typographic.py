@@ -66,7 +66,7 @@ class TypographicResult:
     """Accuracies from 0 to 1 on the clean and on the attacked pictures (`images` counts the attacked ones);
     `word_wins` is how often the answer is what was written. `kinds` has the same by how the words came into the
     pictures; where there is no clean picture, `accuracy_clean` is None. `attacked` are the pictures one by one, in an
-    order that is the same for all models."""
+    order that is the same for all models; with `transform` and `seed` they can be shown as the model saw them."""
 
     images: int
     accuracy_clean: float | None
@@ -75,6 +75,8 @@ class TypographicResult:
     notes: tuple[str, ...] = ()
     kinds: Mapping[str, Shares] = dataclasses.field(default_factory=dict)
     attacked: tuple[Attacked, ...] = dataclasses.field(default=(), repr=False)
+    transform: Transform | None = dataclasses.field(default=None, repr=False)
+    seed: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -128,8 +130,10 @@ def typographic_of(
     written = attacks_in(dataset)
     pictures = pictures or encode_pictures(encoder, dataset)
     if any(found.kind != CLEAN and found.word for found in written.values()):
-        return _real(encoder, dataset, written, sentences, pictures)
-    return _drawn(encoder, dataset, seed, sentences, pictures)
+        found = _real(encoder, dataset, written, sentences, pictures)
+    else:
+        found = _drawn(encoder, dataset, seed, sentences, pictures)
+    return dataclasses.replace(found, transform=encoder.transform, seed=seed)
 
 
 # ---- words that are on the pictures ----------------------------------------------------------------------------------
@@ -296,9 +300,23 @@ def fooled_apart(
     return better + _spread(worse, count - len(better))
 
 
-def _spread(items: list, count: int) -> list:
-    """At most so many of them, from the first to the last."""
-    return items if len(items) <= count else [items[number * len(items) // count] for number in range(count)]
+def sheet_of(
+    dataset: ClipDataset, model: TypographicResult, baseline: TypographicResult | None
+) -> list[tuple[Any, str]]:
+    """(picture, what it shows and what it was taken for) of those that `fooled_apart` finds; pictures are PIL's."""
+
+    def told(mine: Attacked, other: Attacked | None) -> str:
+        both = f"{mine.shows}, “{mine.word}” is written. Model: {mine.answer}."
+        return both if other is None else f"{both} Baseline: {other.answer}."
+
+    return [
+        (attacked_picture(dataset, mine, model.transform, model.seed), told(mine, other))
+        for mine, other in fooled_apart(model, baseline)
+    ]
+
+
+def sheet_heading(beside_a_baseline: bool) -> str:
+    return "Pictures that fool one of the models and not the other" if beside_a_baseline else "Pictures that fool it"
 
 
 def attacked_picture(dataset: ClipDataset, attacked: Attacked, transform: Transform, seed: int):
@@ -309,3 +327,8 @@ def attacked_picture(dataset: ClipDataset, attacked: Attacked, transform: Transf
     if attacked.kind == DRAWN:
         square = write_word(square, attacked.word, random.Random(f"{seed} {attacked.name}"))
     return Image.fromarray(square.permute(1, 2, 0).contiguous().numpy())
+
+
+def _spread(items: list, count: int) -> list:
+    """At most so many of them, from the first to the last."""
+    return items if len(items) <= count else [items[number * len(items) // count] for number in range(count)]

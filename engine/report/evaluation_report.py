@@ -15,6 +15,7 @@ def evaluation_report(
     rows: Sequence[Mapping[str, str]],
     *,
     charts: Sequence[tuple[str, Any]] = (),
+    attacked: tuple[str, Sequence[tuple]] = ("", ()),
     comparisons: Sequence[Mapping[str, Any]] = (),
     settings: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
@@ -23,11 +24,13 @@ def evaluation_report(
     """A page about models measured on one data set.
 
     `data` has its name and its counts; `results` are what `eval --json` has, of the models called `names`, and `rows`
-    the same as a table; `charts` are (sentence, PIL). A comparison is {"title", "verdict" (sentences), "chart" (PIL),
-    "tables" (rows by heading)}. `pictures` are (PIL, caption) pairs.
+    the same as a table; `charts` are (sentence, PIL). `attacked` is a heading and pictures with words on them. A
+    comparison is {"title", "verdict" (sentences), "chart" (PIL), "tables" (rows by heading)}. Pictures are (PIL,
+    caption) pairs.
     """
     page = Page(f"Evaluation on {data['name']}")
     page.add("", *(paragraph(f"{told}.", "lead") for told, _ in charts), html_table(rows), page.charts(charts))
+    page.add(attacked[0], page.sheet(attacked[1]))
     for comparison in comparisons:
         verdict = comparison["verdict"]
         page.add(

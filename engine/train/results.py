@@ -9,6 +9,8 @@ from typing import Any
 
 from ..clip.full_clip import FullCLIP
 
+REPORT = "report.html"
+
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
@@ -44,6 +46,12 @@ class TrainResult:
     validations: list[dict[str, Any]]
     notes: tuple[str, ...]
     already_finished: bool
+
+    @property
+    def report_file(self) -> Path | None:
+        """The page about the run; None if it could not be written."""
+        file = self.run_folder / REPORT
+        return file if file.is_file() else None
 
 
 class Notes(list):

@@ -23,6 +23,7 @@ from ..clip.reading import read_tensors
 from ..errors import UserError
 from .config import TrainConfig
 from .lock import LOCK_NAME, FolderLock, lock_folder
+from .results import REPORT
 
 ON_EXISTING = ("auto", "resume", "restart", "fail")
 STATE_KEY = "clip_finetune_state"
@@ -60,7 +61,7 @@ class RunFolder:
 
     @property
     def report_file(self) -> Path:
-        return self.path / "report.html"
+        return self.path / REPORT
 
     @property
     def pointer_file(self) -> Path:

@@ -1,0 +1,161 @@
+"""What `clip-finetune eval` does: measure, compare and write a page, or check the measurements themselves."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+from .commands import open_data, open_model
+from .data.dataset import ClipDataset
+from .errors import UserError
+from .terminal import say, tell_notes
+
+
+def run_eval(arguments: argparse.Namespace) -> int:
+    from .clip.files import write_json
+    from .data.cache import PictureCache, user_cache_folder
+    from .evaluate.features import FeatureCache
+    from .evaluate.together import evaluate, table_of
+
+    if arguments.selfcheck:
+        return _selfcheck(arguments)
+    if not arguments.model or not arguments.data:
+        raise UserError("eval needs --model and --data: what to measure, and on which data set.")
+    if arguments.imagenet or arguments.coco:
+        raise UserError("--imagenet and --coco are for --selfcheck; give --data.")
+    if arguments.compare and not arguments.baseline:
+        raise UserError("--compare needs --baseline: the model that the training began from.")
+    if arguments.html:
+        _check_page(arguments.html)
+    dataset = _load_attacks(arguments) or open_data(arguments, arguments.data)
+    if arguments.compare:
+        _check_comparable(arguments)
+    models = [("model", file) for file in arguments.model]
+    if arguments.baseline:
+        models.append(("baseline", arguments.baseline))
+    notes, features, attacks = _Told(), FeatureCache(), {}
+    with contextlib.closing(PictureCache(user_cache_folder(), say=say)) as cache:
+        results = evaluate(
+            models, dataset, templates=arguments.templates, protocol=arguments.protocol,
+            typographic=arguments.typographic, activation=arguments.activation,
+            context_length=arguments.context_length, cache=cache, features=features, on_note=notes.say,
+            on_attack=attacks.setdefault,
+        )  # fmt: skip
+        print(table_of(results))
+        compared = _compare(arguments, dataset, cache, features, notes) if arguments.compare else {}
+    found: dict[str, Any] = {"models": results}
+    if compared:
+        found["comparisons"] = [{"file": file} | comparison.as_dict() for file, comparison in compared.items()]
+    if arguments.json:
+        write_json(arguments.json, found)
+    if not arguments.html:
+        return 0
+    _write_page(arguments, dataset, results, attacks, compared, notes)
+    return 0 if os.path.isfile(arguments.html) else 1
+
+
+def _compare(arguments: argparse.Namespace, dataset: ClipDataset, cache, features, notes: _Told) -> dict[str, Any]:
+    """A comparison with the baseline for each model, by its file, told as they come."""
+    from .evaluate.comparison import compare_full_clips
+
+    baseline, compared = open_model(arguments, arguments.baseline), {}
+    for file in dict.fromkeys(arguments.model):
+        found = compare_full_clips(open_model(arguments, file), baseline, dataset, cache=cache, features=features)
+        compared[file] = found
+        print(f"\n{file} beside {arguments.baseline}:")
+        print("\n".join(found.verdict))
+        for note in found.notes:
+            notes.say(note)
+    return compared
+
+
+def _check_comparable(arguments: argparse.Namespace) -> None:
+    """Before anything is measured for nothing."""
+    from .evaluate.drift import require_one_architecture
+
+    baseline = open_model(arguments, arguments.baseline)
+    for file in arguments.model:
+        require_one_architecture(open_model(arguments, file), baseline)
+
+
+def _check_page(path: str) -> None:
+    """Before anything is measured for nothing."""
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder; give the name of a file, such as {os.path.join(path, 'report.html')}.")
+    above = Path(path).parent
+    while not os.path.lexists(above):
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"{path} cannot be written, because {above} is no folder that you can write to.")
+
+
+def _write_page(arguments: argparse.Namespace, dataset: ClipDataset, results, attacks, compared, notes: _Told) -> None:
+    from .clip.files import write_text
+    from .data.inspection import sample_pictures
+    from .evaluate.together import charts_of, names_of, rows_of
+    from .evaluate.typographic import sheet_heading, sheet_of
+    from .report.evaluation_report import evaluation_report
+
+    counts = {"pictures": len(dataset), "captions": sum(map(len, dataset.captions)),
+              "classes": len(dataset.class_names)}  # fmt: skip
+    data = {"name": dataset.name} | {what: f"{count:,}" for what, count in counts.items() if count}
+    data["format"] = dataset.reason
+    settings = {
+        "models": ", ".join(arguments.model), "baseline": arguments.baseline or "none",
+        "templates": arguments.templates, "protocol": arguments.protocol,
+    }  # fmt: skip
+    attacked = ("", [])
+    if attacks:
+        baseline = attacks.get("baseline")
+        attacked = sheet_heading(baseline is not None), sheet_of(dataset, attacks["model"], baseline)
+    page = evaluation_report(
+        data, results, names_of(results), rows_of(results), charts=charts_of(results), attacked=attacked,
+        comparisons=[
+            {"title": f"{file} beside {arguments.baseline}", "verdict": found.verdict, "chart": found.chart(),
+             "tables": found.tables()}
+            for file, found in compared.items()
+        ],
+        settings=settings, notes=notes, pictures=sample_pictures(dataset, 12, side=256),
+    )  # fmt: skip
+    say(f"The page is {write_text(arguments.html, page)}.")
+
+
+class _Told(list):
+    """Sentences that were said, for the page."""
+
+    def say(self, note: str) -> None:
+        if note not in self:
+            self.append(note)
+            say(note)
+
+
+def _load_attacks(arguments: argparse.Namespace) -> ClipDataset | None:
+    from .evaluate.attacks import load_attacks
+
+    return load_attacks(arguments.data) if arguments.typographic else None
+
+
+def _selfcheck(arguments: argparse.Namespace) -> int:
+    from .clip.files import write_json
+    from .data.cache import PictureCache, user_cache_folder
+    from .evaluate.selfcheck import require_sets, selfcheck
+
+    sets = {"imagenet": arguments.imagenet or os.environ.get("IMAGENET"),
+            "coco": arguments.coco or os.environ.get("COCO")}  # fmt: skip
+    if arguments.data or len(arguments.model) > 1:
+        raise UserError("--selfcheck takes one --model at most, and --imagenet and --coco instead of --data.")
+    require_sets(**sets)
+    source = (*arguments.model, os.environ.get("CLIP_WEIGHTS") or "ViT-L-14/openai")[0]
+    model = open_model(arguments, source)
+    tell_notes(model.notes)
+    with contextlib.closing(PictureCache(user_cache_folder(), say=say)) as cache:
+        found = selfcheck(model, **sets, cache=cache, on_note=say)
+    tell_notes(found.notes)
+    print(found.table())
+    print(found.verdict)
+    if arguments.json:
+        write_json(arguments.json, found.as_dict())
+    return 0 if found.passed else 1
