@@ -160,7 +160,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         help="instead of --data: does OpenAI's ViT-L/14, or --model, reach its published figures on these sets?",
     )  # fmt: skip
     parser.add_argument("--imagenet", metavar="DIR", help="the validation pictures, in a subfolder for each class")
-    parser.add_argument("--coco", metavar="DIR", help="COCO's pictures of 2014 or 2017, with Karpathy's dataset_coco.json")
+    parser.add_argument("--coco", metavar="DIR", help="COCO's pictures, with Karpathy's dataset_coco.json")
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:

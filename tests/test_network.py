@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from clip_finetune.engine import UserError, build_network, load_full_clip, to_gmp
 from clip_finetune.engine.clip.files import same_bits
 from clip_finetune.engine.clip.network import checkpoint_activations, compile_blocks
+from clip_finetune.engine.data.tokens import cut_to_longest
 from clip_finetune.engine.openai import END, START
 
 CLOSE = dict(rtol=1e-10, atol=1e-12)
@@ -68,6 +69,12 @@ def test_the_zeros_behind_the_longest_text_change_nothing():
     for name, gradient in whole[2].items():
         torch.testing.assert_close(short[2][name], gradient, **CLOSE)
     assert not torch.equal(network.encode_text(tokens[:, :11]), network.encode_text(tokens[:, :17]))
+
+
+def test_texts_are_cut_to_their_longest_or_the_multiple_above_it():
+    tokens = texts(5, 17, 11)
+    for multiple, length in ((1, 17), (8, 24), (17, 17), (40, 40), (80, 77)):
+        assert torch.equal(cut_to_longest(tokens, multiple), tokens[:, :length])
 
 
 def test_checkpointed_activations_give_the_same_bits():

@@ -96,6 +96,10 @@ def _not_too_long(picture):
 
 def normalize(images_u8_bchw: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 [b, 3, s, s] to floats with OpenAI's mean and deviation, on the device where the pictures are."""
-    mean = torch.tensor(MEAN, dtype=dtype, device=images_u8_bchw.device)[:, None, None]
-    std = torch.tensor(STD, dtype=dtype, device=images_u8_bchw.device)[:, None, None]
+    mean, std = (_by_channel(values, dtype, images_u8_bchw.device) for values in (MEAN, STD))
     return (images_u8_bchw.to(dtype) / 255 - mean) / std
+
+
+def _by_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[3, 1, 1], filled in on the device: a copy from the host would be waited for."""
+    return torch.stack([torch.full((1, 1), value, dtype=dtype, device=device) for value in values])

@@ -56,9 +56,11 @@ class Tokenizer:
         return codes[:whole]
 
 
-def cut_to_longest(tokens: Tensor) -> Tensor:
-    """Without the zeros that stand behind every text: int64 [n, t], on the CPU. A text's features are the same."""
-    return tokens[:, : int(tokens.argmax(dim=1).max()) + 1]
+def cut_to_longest(tokens: Tensor, multiple: int = 1) -> Tensor:
+    """Without the zeros that stand behind every text, but for what makes t such a multiple, or the whole context:
+    int64 [n, t], on the CPU. A text's features are the same."""
+    longest = int(tokens.argmax(dim=1).max()) + 1
+    return tokens[:, : -(-longest // multiple) * multiple]
 
 
 def encode(text: str) -> list[int]:

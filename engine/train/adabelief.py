@@ -103,7 +103,10 @@ def _step_columns(columns: Columns, group: Mapping, step: int, brake: _Brake | N
         torch._foreach_mul_(surprises, brake.term(1.0))
     torch._foreach_mul_(variances, beta2 if brake is None else brake.factor(beta2))
     torch._foreach_addcmul_(variances, surprises, surprises, value=1 - beta2)
-    torch._foreach_add_(variances, eps if brake is None else brake.term(eps))
+    if brake is None:
+        torch._foreach_add_(variances, eps)
+    else:
+        torch._foreach_add_(variances, brake.term(eps), alpha=1)  # without alpha the host would ask for the number
     if rectified:
         roots = torch._foreach_sqrt(variances)
         torch._foreach_add_(roots, eps)

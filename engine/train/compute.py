@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..errors import UserError
 
@@ -42,6 +43,13 @@ def _multiplies_bf16() -> bool:
     """Whether this processor has instructions for products of bf16 matrices, as far as torch tells."""
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of a tensor on the CPU that the host does not wait for: to CUDA out of memory that is pinned."""
+    if device.type == "cuda":
+        tensor = tensor.contiguous().pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -16,6 +16,7 @@ from ..data.dataset import ClipDataset
 from ..data.kept_features import MEMORY_BYTES, KeptFeatures
 from ..data.loader import Batch
 from ..data.transform import Transform
+from .compute import to_device
 from .config import TrainConfig
 from .parts import layers_of, part_of
 
@@ -89,7 +90,7 @@ class FrozenVision:
 
     def encode(self, inputs: Tensor) -> Tensor:
         """Features [b, d] of what `inputs` gave; here is what trains."""
-        inputs = inputs.to(self.work.device, non_blocking=True)
+        inputs = to_device(inputs, self.work.device)
         return inputs if self.blocks is None else self.work.network.image_features(inputs, self.blocks)
 
     def _run(self, pictures: Tensor) -> Tensor:

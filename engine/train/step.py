@@ -18,7 +18,7 @@ from ..data.loader import Batch
 from ..data.tokens import cut_to_longest
 from ..errors import UserError
 from . import checkpoints
-from .compute import DTYPES, out_of_memory
+from .compute import DTYPES, out_of_memory, to_device
 from .config import TrainConfig
 from .freezing import stage_at, trains_at_all, trains_in_stage
 from .frozen_vision import FrozenVision
@@ -33,6 +33,7 @@ from .schedules import SCHEDULES
 from .weights import TrainedWeights
 
 MAX_LOGIT_SCALE = math.log(100)
+_LENGTHS = 8  # on CUDA texts are cut to multiples of it: fewer shapes, which suit the units that multiply
 
 
 class Outcome(NamedTuple):
@@ -81,7 +82,7 @@ class TrainingStep:
         if not self.trained.keys() - SCALARS:
             raise UserError("Everything is frozen, so there is nothing to train; freeze fewer blocks.")
         groups = parameter_groups(self.trained.items(), architecture, config)
-        self.optimizer = build_optimizer(config, groups)
+        self.optimizer = build_optimizer(config, groups, say)
         self.meter = GradientMeter(groups, architecture)
         self.group_rows = group_table(groups, config.learning_rate)
         self.broken = torch.zeros((), device=device)
@@ -106,9 +107,9 @@ class TrainingStep:
 
     def _gradients(self, batch: Batch, *, begins: bool) -> Tensor:
         """The loss; its gradients lie at the masters. What does not fit in memory is tried again in smaller parts."""
-        positives = positive_pairs(batch.originals, batch.texts).to(self.device, non_blocking=True)
+        positives = positive_pairs(*(to_device(which, self.device) for which in (batch.originals, batch.texts)))
         logit_scale = self.network.logit_scale
-        texts = Side(self._encode_texts, cut_to_longest(batch.tokens), self.trains_text)
+        texts = Side(self._encode_texts, self.cut(batch.tokens), self.trains_text)
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             try:
@@ -164,9 +165,13 @@ class TrainingStep:
         self.weights.refresh()
         return finite, norms
 
+    def cut(self, tokens: Tensor) -> Tensor:
+        """As much of the texts as is computed."""
+        return cut_to_longest(tokens, multiple=_LENGTHS if self.device.type == "cuda" else 1)
+
     def pictures(self, images_u8: Tensor) -> Tensor:
         """What the network reads, on the device."""
-        return normalize(images_u8.to(self.device, non_blocking=True), self.network.dtype)
+        return normalize(to_device(images_u8, self.device), self.network.dtype)
 
     def _image_side(self, batch: Batch) -> Side:
         frozen = self.frozen_vision
@@ -179,7 +184,7 @@ class TrainingStep:
         return self.network.encode_image(self.pictures(images_u8))
 
     def _encode_texts(self, tokens: Tensor) -> Tensor:
-        return self.network.encode_text(tokens.to(self.device, non_blocking=True))
+        return self.network.encode_text(to_device(tokens, self.device))
 
     def _enter_stage(self, stage: int) -> None:
         """Let exactly those parameters have gradients that this stage trains."""

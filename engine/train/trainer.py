@@ -21,7 +21,7 @@ from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset
 from ..data.epochs import Epochs, with_template
 from ..data.loader import Batch, TrainLoader
-from ..data.tokens import Tokenizer, cut_to_longest
+from ..data.tokens import Tokenizer
 from ..errors import UserError
 from ..evaluate.features import BrokenModel, EncodedPictures, Encoder, encode_pictures, with_trained_transform
 from ..evaluate.retrieval import retrieval_of
@@ -442,7 +442,7 @@ class Training:
         """Tell how much memory the run takes; raises `UserError` if the device has not that much."""
         some = range(0, len(self.train_set), max(1, len(self.train_set) // _LOOKED_AT))
         longest = [max(self.train_set.training_captions(index), key=len) for index in some]
-        length = cut_to_longest(self.tokenizer(longest)).shape[1]
+        length = self.work.cut(self.tokenizer(longest)).shape[1]
         try:
             require_memory(self.work, self.batch_size, length)
         except UserError:
