@@ -111,6 +111,15 @@ def test_a_missing_compiler_is_told(monkeypatch):
         compile_blocks(build_network(random_clip(vision_width=128, vision_mlp_width=384)))
 
 
+def test_a_lack_of_memory_is_no_fault_of_the_compiler(monkeypatch):
+    def full(*inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: full)
+    with pytest.raises(torch.OutOfMemoryError):
+        compile_blocks(build_network(random_clip()))
+
+
 @pytest.mark.parametrize("gmp", [False, True])
 def test_a_network_is_copied_pickled_and_opened_again(tmp_path, gmp):
     model = to_gmp(random_clip()) if gmp else random_clip()

@@ -232,6 +232,8 @@ def compile_blocks(network: nn.Module) -> None:
         width, like = block.ln_1.normalized_shape[0], block.ln_1.weight
         try:
             compiled(block, torch.zeros(2, 3, width, dtype=like.dtype, device=like.device), causal)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # torch's errors of compilers are such
             raise UserError(
                 f"torch.compile does not work here ({one_line(error)}); switch compile off, or install a C compiler "
