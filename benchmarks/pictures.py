@@ -1,4 +1,4 @@
-"""Pictures, side by side in one process: decoding and resizing against Pillow, the cache, and a million samples.
+"""Pictures, side by side in one process: decoding and resizing against Pillow, the cache, and data sets of any size.
 
     OMP_NUM_THREADS=1 python benchmarks/pictures.py [a photograph.jpg]
 
@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import platform
-import resource
+import statistics
 import sys
 import tempfile
 import time
@@ -23,12 +23,15 @@ from PIL import Image
 
 from clip_finetune.engine.data.cache import PictureCache
 from clip_finetune.engine.data.dataset import load_dataset
-from clip_finetune.engine.data.loader import THREADS, TrainLoader
+from clip_finetune.engine.data.kept_features import KeptFeatures
+from clip_finetune.engine.data.loader import THREADS, Pictures, TrainLoader
 from clip_finetune.engine.data.tokens import Tokenizer
 from clip_finetune.engine.data.transform import Transform
 
 SIZE = 224
 ROUNDS, SECONDS = 5, 0.6
+COUNTS = (100, 1000, 10_000, 100_000, 1_000_000)
+BATCH, TURNS = 64, 9  # of them; 100 samples give one batch an epoch
 
 
 def pillow_alone(path: Path) -> torch.Tensor:
@@ -113,26 +116,68 @@ def from_the_cache(folder: Path) -> None:
           f"(exact), {count / min(spent[1:]):,.0f} pictures/s from the cache")  # fmt: skip
 
 
-def a_million(folder: Path, count: int = 1_000_000) -> None:
-    """A labels JSON whose names lead to 64 files; the first batch touches the pictures of a few batches only."""
-    place = folder / "million"
+def of_any_number(folder: Path) -> None:
+    """What a pair costs in data sets from a hundred samples to a million: each is opened, and then they take turns at
+    batches in which nothing is cached. The names of a labels JSON lead to the same 64 files."""
+    place = folder / "samples"
     place.mkdir()
     for index in range(64):
         _painted(320).save(place / f"{index:02}.jpg")
-    with open(place / "labels.json", "w") as file:
+    loaders, batches, cells, spent = [], {}, {}, {}
+    for count in COUNTS:
         lines = (f'"{index:07}/../{index % 64:02}.jpg": "a picture with the number {index}"' for index in range(count))
-        file.write("{" + ",\n".join(lines) + "}")
-    began = time.perf_counter()
+        (place / "labels.json").write_text("{" + ",\n".join(lines) + "}")
+        began = time.perf_counter()
+        dataset = load_dataset(place)
+        opened = time.perf_counter()
+        loader = TrainLoader(dataset, SIZE, Tokenizer(77), BATCH, 0)
+        loader.pictures = Pictures(dataset, loader.pictures.transform, memory_bytes=0)
+        loader.probe()
+        batches[count] = loader.iterate()
+        next(batches[count])
+        cells[count] = [f"{opened - began:.2f} s", f"{time.perf_counter() - opened:.2f} s"]
+        loaders.append(loader)
+        spent[count] = []
+    for _ in range(TURNS):
+        for count, following in batches.items():
+            next(following)  # the others waited for their turn with batches at hand
+            began = time.perf_counter()
+            for _ in range(4):
+                next(following)
+            spent[count].append((time.perf_counter() - began) / (4 * BATCH))
+    for loader in loaders:
+        loader.close()
+    print(f"\nBatches of {BATCH} at {SIZE} px, {THREADS} threads, each picture decoded; median of {TURNS} turns\n")
+    print(f"| samples | opened in | first batch later | a pair (ms) | ÷ {COUNTS[0]} samples |\n|---|---|---|---|---|")
+    for count, (opened, first) in cells.items():
+        pair = statistics.median(spent[count])
+        ratio = statistics.median(own / base for own, base in zip(spent[count], spent[COUNTS[0]], strict=True))
+        print(f"| {count:,} | {opened} | {first} | {1000 * pair:.2f} | {ratio:.2f} |")
+
+
+def with_kept_features(folder: Path) -> None:
+    """Batches of a text tower's training whose pictures' features are in memory, as ViT-L/14 has them in bf16."""
+    count, batch, rounds = 20_000, 1024, 20
+    place = folder / "kept"
+    place.mkdir()
+    _painted(320).save(place / "0.jpg")
+    labels = {f"{index:05}/../0.jpg": f"a picture with the number {index}" for index in range(count)}
+    (place / "labels.json").write_text(json.dumps(labels))
     dataset = load_dataset(place)
-    opened = time.perf_counter()
-    loader = TrainLoader(dataset, SIZE, Tokenizer(77), 64, 0)
-    loader.probe()
-    next(loader.iterate())
-    first = time.perf_counter()
+    kept = KeptFeatures(dataset, Transform(image_size=SIZE), (768,), torch.bfloat16, "benchmark")
+    for index in range(count):
+        kept.put(index, 0, torch.zeros(768))
+    loader = TrainLoader(dataset, SIZE, Tokenizer(77), batch, 0, kept=kept)
+    batches = loader.iterate()
+    spent = []
+    for _ in range(4):
+        began = time.perf_counter()
+        for _ in range(rounds):
+            torch.stack(list(next(batches)[1].kept))
+        spent.append(time.perf_counter() - began)
     loader.close()
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"\n{len(dataset):,} samples: opened in {opened - began:.1f} s, first batch {first - opened:.2f} s later, "
-          f"at most {memory:,.0f} MB of memory in this process, libraries included")  # fmt: skip
+    print(f"\nBatches of {batch} with kept features: {rounds * batch / spent[0]:,.0f} pairs/s while texts become tokens, "
+          f"{rounds * batch / min(spent[1:]):,.0f} pairs/s from the second epoch on")  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -141,9 +186,10 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {capability}, Python "
           f"{platform.python_version()}, torch {torch.__version__}, Pillow {Image.__version__}")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        a_million(Path(folder))
+        of_any_number(Path(folder))
         cold(Path(folder), photograph)
         from_the_cache(Path(folder))
+        with_kept_features(Path(folder))
 
 
 if __name__ == "__main__":

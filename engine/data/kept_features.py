@@ -36,9 +36,13 @@ class KeptFeatures:
     def view_of(self, epoch: int) -> int:
         return epoch % self.views
 
+    def at_hand(self, sample: int, view: int) -> Tensor | None:
+        """As `get`, but only what is in memory."""
+        return self._kept.get((sample, view))
+
     def get(self, sample: int, view: int) -> Tensor | None:
         """The tensor on the CPU, or None for one that is not here."""
-        found = self._kept.get((sample, view))
+        found = self.at_hand(sample, view)
         if found is not None or self.cache is None:
             return found
         stored = self.cache.get(self._key(sample, view))

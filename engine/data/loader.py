@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import array
 import collections
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -107,6 +108,7 @@ class TrainLoader:
         self.pictures = Pictures(dataset, transform or Transform(image_size=image_size), cache)
         self.max_broken = max_broken
         self.cut: set[int] = set()  # hashes of the captions that did not fit
+        self._originals = array.array("q", bytes(8 * len(dataset)))  # hashes of their places, 0 before the first turn
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="clip-finetune-pictures")
 
     @property
@@ -147,7 +149,7 @@ class TrainLoader:
                 step,
                 Batch(
                     self._stacked([sample.image for sample in good if sample.image is not None]),
-                    torch.stack([sample.tokens for sample in good]),
+                    self.tokenizer(sample.pair.caption for sample in good),
                     _numbered([sample.original for sample in good]),
                     _numbered([sample.pair.meaning for sample in good]),
                     [sample.pair.sample for sample in good],
@@ -170,11 +172,21 @@ class TrainLoader:
 
     def _decoded(self, start_step: int) -> Iterator[tuple[int, list[_Sample]]]:
         samples: list[_Sample] = []
-        for sample in _ordered(self._pool, self._sample, self._turns(start_step), 2 * self.batch_size + THREADS):
+        turns, ahead = self._turns(start_step), 2 * self.batch_size + THREADS
+        for sample in _ordered(self._pool, self._sample, turns, ahead, self._at_hand):
             samples.append(sample)
             if len(samples) == self.batch_size:
                 yield sample.step, samples
                 samples = []
+
+    def _at_hand(self, turn: tuple[int, int, Pair]) -> _Sample | None:
+        """The sample of a turn for which no thread is needed."""
+        if self.kept is None:
+            return None
+        step, epoch, pair = turn
+        view = self.kept.view_of(epoch)
+        kept = self.kept.at_hand(pair.sample, view)
+        return None if kept is None else self._complete(step, pair, None, kept, view)
 
     def _sample(self, turn: tuple[int, int, Pair]) -> _Sample:
         step, epoch, pair = turn
@@ -182,11 +194,16 @@ class TrainLoader:
         kept = self.kept.get(pair.sample, view) if self.kept is not None else None
         image = None if kept is not None else self._image(pair, epoch, view)
         if image is None and kept is None:
-            return _Sample(step, pair, None, None, "")
-        if self.tokenizer.truncated(pair.caption):
+            return _Sample(step, pair, None, 0)
+        return self._complete(step, pair, image, kept, view)
+
+    def _complete(self, step: int, pair: Pair, image: Tensor | None, kept: Tensor | None, view: int) -> _Sample:
+        if self.tokenizer.truncated(pair.caption):  # which keeps the tokens, too
             self.cut.add(hash(pair.caption))
-        tokens = self.tokenizer([pair.caption])[0]
-        return _Sample(step, pair, image, tokens, self.dataset.original(pair.sample), kept, view)
+        original = self._originals[pair.sample]
+        if not original:
+            original = self._originals[pair.sample] = hash(self.dataset.original(pair.sample))
+        return _Sample(step, pair, image, original, kept, view)
 
     def _image(self, pair: Pair, epoch: int, view: int) -> Tensor | None:
         """The picture of a turn; a view that is kept is the same in each epoch that it comes in."""
@@ -215,14 +232,13 @@ class TrainLoader:
 
 
 class _Sample(NamedTuple):
-    """A turn with its picture uint8 [3, s, s], or what is kept of it, and tokens int64 [context]; None for a broken
-    picture."""
+    """A turn with its picture uint8 [3, s, s], or what is kept of it; neither for a broken picture. `original` is equal
+    for copies of one picture."""
 
     step: int
     pair: Pair
     image: Tensor | None
-    tokens: Tensor | None
-    original: str
+    original: int
     kept: Tensor | None = None
     view: int = 0
 
@@ -241,25 +257,36 @@ def too_many_broken(broken: dict[str, str], looked_at: int, allowed: float, name
     )
 
 
-def _numbered(values: Sequence[str]) -> Tensor:
+def _numbered(values: Sequence[Hashable]) -> Tensor:
     """int64 [n]: equal numbers for equal values."""
-    numbers: dict[str, int] = {}
+    numbers: dict[Hashable, int] = {}
     return torch.tensor([numbers.setdefault(value, len(numbers)) for value in values])
 
 
-def _ordered(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """`function` of each item in order, computed by the pool at most `ahead` items before it is asked for."""
-    waiting: collections.deque = collections.deque()
+def _ordered(
+    pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int,
+    at_hand: Callable[[T], R | None] = lambda item: None,
+) -> Iterator[R]:  # fmt: skip
+    """`function` of each item in order, computed by the pool at most `ahead` items before it is asked for; but what
+    `at_hand` gives of an item, if it gives anything, which is cheaper than a turn of a thread."""
+    waiting: collections.deque[tuple[Future | None, R | None]] = collections.deque()
+
+    def first() -> R:
+        future, found = waiting.popleft()
+        return found if future is None else future.result()
+
     try:
         for item in items:
-            waiting.append(pool.submit(function, item))
+            found = at_hand(item)
+            waiting.append((pool.submit(function, item) if found is None else None, found))
             if len(waiting) > ahead:
-                yield waiting.popleft().result()
+                yield first()
         while waiting:
-            yield waiting.popleft().result()
+            yield first()
     finally:
-        for future in waiting:
-            future.cancel()
+        for future, _ in waiting:
+            if future is not None:
+                future.cancel()
 
 
 def in_threads(function: Callable[[T], R], items: Iterable[T], ahead: int = 64) -> Iterator[R]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy
@@ -36,18 +36,17 @@ class Tokenizer:
         self.context_length = context_length
 
     def __call__(self, texts: Iterable[str]) -> Tensor:
-        rows = [self._cut(encode(text[:_MOST_LETTERS])) for text in texts]
-        tokens = torch.zeros(len(rows), self.context_length, dtype=torch.int64)
+        rows = [self._cut(encode(text)) for text in texts]
+        tokens = numpy.zeros((len(rows), self.context_length), dtype=numpy.int64)
         for row, codes in zip(tokens, rows, strict=True):
-            kept = [START, *codes, END]
-            row[: len(kept)] = torch.tensor(kept)
-        return tokens
+            row[0], row[1 : len(codes) + 1], row[len(codes) + 1] = START, codes, END
+        return torch.from_numpy(tokens)
 
     def truncated(self, text: str) -> bool:
         """True if the text's end does not fit in the context."""
-        return len(encode(text[:_MOST_LETTERS])) > self.context_length - 2
+        return len(encode(text)) > self.context_length - 2
 
-    def _cut(self, codes: Sequence[int]) -> Sequence[int]:
+    def _cut(self, codes: numpy.ndarray) -> numpy.ndarray:
         room = self.context_length - 2
         if len(codes) <= room:
             return codes
@@ -63,9 +62,9 @@ def cut_to_longest(tokens: Tensor, multiple: int = 1) -> Tensor:
     return tokens[:, : -(-longest // multiple) * multiple]
 
 
-def encode(text: str) -> list[int]:
-    """The text's own tokens, without start and end."""
-    return numpy.frombuffer(_encoded(text), dtype=numpy.uint16).tolist()
+def encode(text: str) -> numpy.ndarray:
+    """The tokens of a text, or of the beginning of a very long one, without start and end: uint16 [n]."""
+    return numpy.frombuffer(_encoded(text[:_MOST_LETTERS]), dtype=numpy.uint16)
 
 
 @functools.lru_cache(maxsize=_KEPT_TEXTS)
