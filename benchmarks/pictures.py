@@ -176,8 +176,9 @@ def with_kept_features(folder: Path) -> None:
             torch.stack(list(next(batches)[1].kept))
         spent.append(time.perf_counter() - began)
     loader.close()
-    print(f"\nBatches of {batch} with kept features: {rounds * batch / spent[0]:,.0f} pairs/s while texts become tokens, "
-          f"{rounds * batch / min(spent[1:]):,.0f} pairs/s from the second epoch on")  # fmt: skip
+    first, later = (rounds * batch / seconds for seconds in (spent[0], min(spent[1:])))
+    print(f"\nBatches of {batch} with kept features: {first:,.0f} pairs/s while texts become tokens, {later:,.0f} from "
+          "the second epoch on")  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> None:

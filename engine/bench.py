@@ -1,8 +1,8 @@
-"""How fast a training step is and how much memory it takes, beside open_clip's and Hugging Face's models trained with
-the library's own AdaBelief, on the same weights, pictures and captions.
+"""How fast a training step is and how much memory it takes, ours beside open_clip's and Hugging Face's.
 
-All take turns in one process, step by step: what else the machine does then hits all alike. `benchmarks/step.py`
-measures more peers by the same means.
+The peers' models are trained with the library's own AdaBelief, on the same weights, pictures and captions. All take
+turns in one process, step by step: what else the machine does then hits all alike. `benchmarks/step.py` measures more
+peers by the same means.
 """
 
 from __future__ import annotations
@@ -10,50 +10,45 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.util
-import io
 import multiprocessing
 import os
 import platform
 import statistics
 import sys
 import time
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from .bench_contenders import Contender, OurStep, open_clip_network, our_contenders, peers
+from .bench_work import ARCHITECTURES, Work, flop_per_pair, our_loss, random_batch
 from .clip.architecture import Architecture
-from .clip.full_clip import FullCLIP, load_full_clip
-from .clip.gmp import fold_gmp, to_gmp
-from .clip.network import build_network, random_full_clip
-from .data.images import normalize
+from .clip.full_clip import FullCLIP
+from .clip.network import random_full_clip
 from .data.loader import Batch
 from .errors import UserError
 from .report.tables import table
 from .train.compute import DTYPES, resolve_device, resolve_precision
-from .train.config import TrainConfig
-from .train.frozen_vision import FrozenVision
-from .train.losses import LOSSES
 from .train.optimizers import forget_steps
-from .train.step import TrainingStep
 
-ARCHITECTURES = {
-    "ViT-B-32": Architecture(
-        embed_dim=512, image_size=224, patch_size=32,
-        vision_width=768, vision_layers=12, vision_heads=12, vision_mlp_width=3072,
-        context_length=77, vocab_size=49408, text_width=512, text_layers=12, text_heads=8, text_mlp_width=2048,
-        activation="quick_gelu",
-    ),
-    "ViT-L-14": Architecture(
-        embed_dim=768, image_size=224, patch_size=14,
-        vision_width=1024, vision_layers=24, vision_heads=16, vision_mlp_width=4096,
-        context_length=77, vocab_size=49408, text_width=768, text_layers=12, text_heads=12, text_mlp_width=3072,
-        activation="quick_gelu",
-    ),
-}  # fmt: skip
+# Some of it is here only for `benchmarks/`, which measures more by these means, and for the tests.
+__all__ = [
+    "ARCHITECTURES",
+    "Contender",
+    "OurStep",
+    "Result",
+    "Work",
+    "bench",
+    "flop_per_pair",
+    "machine",
+    "measure",
+    "open_clip_network",
+    "our_contenders",
+    "peers",
+    "random_batch",
+]
+
 # With it a new process loads its libraries, before its memory is measured.
 _WARM_UP = Architecture(
     embed_dim=8, image_size=16, patch_size=8, vision_width=64, vision_layers=1, vision_heads=1, vision_mlp_width=256,
@@ -67,223 +62,6 @@ _PRODUCT = {"cpu": 2048, "cuda": 8192}  # rows and columns of the product that p
 _SAME_LOSS = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 1e-2}
 _LIBRARIES = ("open_clip", "adabelief_pytorch", "transformers.models.clip.modeling_clip")
 _PER_PARAMETER = 20  # bytes while a contender is there: weights, gradients, moments, copies, activations
-
-
-@dataclasses.dataclass(frozen=True)
-class Contender:
-    """One row of the table. `build(model, device, batch)` gives what makes a step of a batch and returns the loss
-    (`.optimizer` is its optimizer); it comes from the top of a module, so that another process can build it too.
-
-    `loss` is the name of our loss that its loss must equal on the first batch, "" for none. `batches` go through in one
-    call. `towers` are those whose multiplications count.
-    """
-
-    name: str
-    dtype: str
-    build: Callable[[FullCLIP, torch.device, Batch], Any]
-    loss: str = "infonce"
-    batches: int = 1
-    towers: tuple[str, ...] = ("vision", "text")
-
-
-# ---- our steps -------------------------------------------------------------------------------------------------------
-
-
-class OurStep:
-    """The trainer's own step, as `clip-finetune train` runs it."""
-
-    def __init__(
-        self, model: FullCLIP, device: torch.device, batch: Batch, *, precision: str, gmp: bool = False,
-        towers: str = "both", **settings,
-    ):  # fmt: skip
-        config = TrainConfig(batch_size=batch.pairs, precision=precision, gmp=gmp, towers=towers, **settings)
-        if gmp:
-            model = to_gmp(model)
-        self.step = TrainingStep(
-            model, config, device=device, precision=precision, batch_size=batch.pairs, total_steps=1000
-        )
-        self.optimizer, self.done = self.step.optimizer, 0
-        if towers == "text":
-            self._keep_features(batch)
-
-    def _keep_features(self, batch: Batch) -> None:
-        """As from the second epoch on: what the frozen vision tower gives is there, and no picture is read."""
-        with torch.no_grad():
-            self.features = self.step.network.encode_image(self.step.pictures(batch.images)).cpu()
-        like = self.features
-        self.step.frozen_vision = FrozenVision(
-            self.step, None, types.SimpleNamespace(shape=tuple(like.shape[1:]), dtype=like.dtype)
-        )
-
-    def __call__(self, batch: Batch) -> Tensor:
-        if self.step.frozen_vision is not None:
-            batch = batch._replace(images=batch.images[:0], kept=list(self.features), views=[0] * batch.pairs)
-        loss = self.step(batch, self.done).loss
-        self.done += 1
-        return loss
-
-
-# ---- the peers -------------------------------------------------------------------------------------------------------
-
-
-class PeerStep:
-    """A step as everybody writes it: zero_grad, forward (under autocast for `dtype` other than fp32), backward, step,
-    with adabelief-pytorch's own AdaBelief at our settings. `loss` takes the model, pictures and tokens."""
-
-    def __init__(
-        self, network: nn.Module, loss: Callable[[nn.Module, Tensor, Tensor], Tensor], device: torch.device, dtype: str
-    ):
-        from adabelief_pytorch import AdaBelief
-
-        self.network, self.loss, self.device, self.dtype = network.to(device).train(), loss, device, DTYPES[dtype]
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its settings
-            self.optimizer = AdaBelief(
-                self.network.parameters(), lr=1e-6, eps=1e-16, betas=(0.9, 0.999), weight_decay=0.01,
-                weight_decouple=True, rectify=True, print_change_log=False,
-            )  # fmt: skip
-
-    def __call__(self, batch: Batch) -> Tensor:
-        self.optimizer.zero_grad(set_to_none=True)
-        images, tokens = normalize(batch.images.to(self.device)), batch.tokens.to(self.device)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss = self.loss(self.network, images, tokens)
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
-
-
-def open_clip_step(model: FullCLIP, device: torch.device, batch: Batch, *, dtype: str) -> PeerStep:
-    """`open_clip.CLIP` with these weights, and `open_clip.ClipLoss`."""
-    import open_clip
-
-    contrast = open_clip.ClipLoss()
-    return PeerStep(
-        open_clip_network(model), lambda network, images, tokens: contrast(*network(images, tokens)), device, dtype
-    )
-
-
-def open_clip_network(model: FullCLIP) -> nn.Module:
-    """open_clip's own model, not the subclass that we run, with these weights in fp32."""
-    import open_clip
-
-    a = model.architecture
-    vision = open_clip.CLIPVisionCfg(
-        layers=a.vision_layers, width=a.vision_width, head_width=a.vision_width // a.vision_heads,
-        mlp_ratio=a.vision_mlp_width / a.vision_width, patch_size=a.patch_size, image_size=a.image_size,
-    )  # fmt: skip
-    text = open_clip.CLIPTextCfg(
-        context_length=a.context_length, vocab_size=a.vocab_size, width=a.text_width, heads=a.text_heads,
-        layers=a.text_layers, mlp_ratio=a.text_mlp_width / a.text_width,
-    )  # fmt: skip
-    network = open_clip.CLIP(a.embed_dim, vision, text, quick_gelu=a.activation == "quick_gelu")
-    network.load_state_dict(dict(model.state_dict))
-    return network
-
-
-def hugging_face_step(model: FullCLIP, device: torch.device, batch: Batch, *, dtype: str) -> PeerStep:
-    """transformers' `CLIPModel` with these weights, and its own loss."""
-    from transformers import CLIPConfig, CLIPModel
-
-    from .clip.huggingface import config_of
-    from .clip.names import to_hf
-
-    network = CLIPModel(CLIPConfig(**config_of(model.architecture, model.state_dict)))
-    network.load_state_dict(to_hf(model.state_dict), strict=False)
-
-    def contrast(network: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
-        return network(pixel_values=images, input_ids=tokens, return_loss=True).loss
-
-    return PeerStep(network, contrast, device, dtype)
-
-
-def our_contenders(precision: str) -> list[Contender]:
-    def ours(name: str, **settings) -> Contender:
-        towers = ("text",) if settings.get("towers") == "text" else ("vision", "text")
-        return Contender(name, precision, functools.partial(OurStep, precision=precision, **settings), towers=towers)
-
-    return [ours("ours"), ours("ours, GmP", gmp=True), ours("ours, text tower, images cached", towers="text")]
-
-
-def peers(device: torch.device, say: Callable[[str], None]) -> list[Contender]:
-    """Those whose libraries are installed: in fp32 on a processor, under autocast on a graphics card, as their users
-    train them."""
-    dtype = "bf16" if device.type == "cuda" else "fp32"
-    found = [Contender("open_clip + adabelief-pytorch", dtype, functools.partial(open_clip_step, dtype=dtype))]
-    if importlib.util.find_spec("transformers") is None:
-        say("Hugging Face's CLIPModel is skipped, because transformers is not installed.")
-    else:
-        build = functools.partial(hugging_face_step, dtype=dtype)
-        found.append(Contender("Hugging Face CLIPModel + adabelief-pytorch", dtype, build))
-    return found
-
-
-# ---- the work --------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What all do alike; small, so that it goes into another process."""
-
-    source: str
-    batch_size: int
-    activation: str = "auto"
-    threads: int = dataclasses.field(default_factory=torch.get_num_threads)
-
-    def open_model(self) -> FullCLIP:
-        """A plain model in fp32: random weights for the name of an architecture, else those of a file."""
-        source = self.source
-        if source in ARCHITECTURES:
-            return random_full_clip(ARCHITECTURES[source], seed=0)
-        if not os.path.exists(source):
-            raise UserError(f"{source} is neither a file nor one of {' and '.join(ARCHITECTURES)}; choose one of them.")
-        model = load_full_clip(source, activation=self.activation)
-        if model.architecture.resnet:
-            raise UserError(f"{source} has a ResNet as its vision tower; bench measures vision transformers only.")
-        if model.parameterization == "gmp":
-            model = fold_gmp(model)
-        return FullCLIP(model.architecture, {name: tensor.float() for name, tensor in model.state_dict.items()})
-
-
-def random_batch(a: Architecture, pairs: int, seed: int = 0) -> Batch:
-    """Pictures of noise, and captions of 8 to 20 words between the start and the end token."""
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (pairs, 3, a.image_size, a.image_size), generator=generator, dtype=torch.uint8)
-    tokens = torch.zeros(pairs, a.context_length, dtype=torch.int64)
-    longest = min(20, a.context_length - 2)
-    for row in tokens:
-        words = int(torch.randint(min(8, longest), longest + 1, (), generator=generator))
-        row[1 : words + 1] = torch.randint(1, a.vocab_size - 2, (words,), generator=generator)
-        row[0], row[words + 1] = a.vocab_size - 2, a.vocab_size - 1
-    numbers = torch.arange(pairs)
-    return Batch(images, tokens, numbers, numbers, list(range(pairs)))
-
-
-def flop_per_pair(a: Architecture, towers: Sequence[str] = ("vision", "text")) -> int:
-    """Of a trained pair: 2·m·n·k of each matrix product of the forward pass over all positions, and twice as many in
-    backward; whatever of it an implementation leaves out."""
-    patches = a.grid**2
-    forward = {
-        "vision": _tower_flop(patches + 1, a.vision_width, a.vision_layers, a.vision_mlp_width, a.embed_dim)
-        + 2 * patches * 3 * a.patch_size**2 * a.vision_width,
-        "text": _tower_flop(a.context_length, a.text_width, a.text_layers, a.text_mlp_width, a.embed_dim),
-    }
-    return 3 * sum(forward[tower] for tower in towers)
-
-
-def _tower_flop(positions: int, width: int, layers: int, mlp: int, embed: int) -> int:
-    attention = 4 * 2 * positions * width**2 + 2 * 2 * positions**2 * width
-    return layers * (attention + 2 * 2 * positions * width * mlp) + 2 * width * embed
-
-
-def our_loss(model: FullCLIP, batch: Batch, device: torch.device, name: str) -> float:
-    """A loss of ours before the first step, in fp32."""
-    network = build_network(model, device=device)
-    with torch.no_grad():
-        features = network.encode_image(normalize(batch.images.to(device))), network.encode_text(
-            batch.tokens.to(device)
-        )
-        positives = torch.eye(batch.pairs, dtype=torch.bool, device=device)
-        return float(LOSSES[name].make(0.07, 0.1).to(device)(*features, network.logit_scale, positives))
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

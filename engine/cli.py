@@ -15,6 +15,7 @@ from .data.convert import TARGETS
 from .data.preparation import Preparation
 from .errors import UserError
 from .eval_command import run_eval
+from .terminal import print_any_letter
 from .train.config import DEFAULT_PRESET, PRESETS, TrainConfig
 
 _EXPORTS = ("text", "vision", "openai", "gmp", "huggingface", "lora")
@@ -26,6 +27,7 @@ STOPPED = 130  # what a shell reports of a command ended by Ctrl-C
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0 only if what it promised is on the disk."""
+    print_any_letter()
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments) or 0

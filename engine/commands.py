@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .data.convert import convert_captions
-from .data.dataset import ClipDataset, load_dataset
+from .data.dataset import ClipDataset, load_dataset, split_dataset
 from .data.preparation import Preparation, prepare_images
 from .errors import UserError
 from .terminal import Meter, say, stop_between_steps, tell_notes, tenths
@@ -44,7 +44,6 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
 def run_train(arguments: argparse.Namespace) -> int:
     from .data.cache import user_cache_folder
-    from .data.dataset import split_dataset
     from .train.trainer import train
 
     config, origins = config_from(arguments)

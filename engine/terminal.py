@@ -92,7 +92,9 @@ def stop_between_steps():
             signal.signal(number, handler)
 
 
-if os.name == "nt":  # Windows consoles may not be able to print every caption
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+def print_any_letter() -> None:
+    """Windows consoles may not be able to print every caption."""
+    if os.name == "nt":
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import io
 import json
 import os
@@ -17,101 +16,31 @@ import re
 import secrets
 import shutil
 import threading
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..errors import UserError
 from . import originals
 from .dataset import ClipDataset
-from .detection import (
-    DETECTORS,
-    Detector,
-    centre_square,
-    coco_classes,
-    load_detector,
-    parse_classes,
-    squares_around,
-)
+from .detection import Detector, coco_classes, load_detector, parse_classes
 from .images import BrokenImage, decode
 from .loader import in_threads
 from .picture_files import file_of, open_bytes, opener_of, row_of, suffix_of
+from .preparation_names import NewNames
+from .preparation_pictures import jittered, mirror, parts_of
+from .preparation_settings import ALL, OBJECTS, SAFE, Preparation
 
-NONE, CENTRE, OBJECTS, LEAVE_OUT = "none", "centre", "objects", "leave_out"
-SAFE, ALL = "safe", "all"
 LABELS = "labels.json"
 RECORD = ".prepared.json"  # hidden, so that no reader of captions opens it
 JPEG_QUALITY = 95
-_LONGEST_NAME = 200  # bytes; file systems allow 255, and ours adds to a name
 _JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
 _EXAMPLES = 3
 # Words that are wrong of a mirrored picture.
 _SIDES = re.compile(
     r"\b(left|right)(most|wards?|[- ]?(hand(ed)?|side|facing))?\b|\b(anti|counter)?-?clockwise\b", re.IGNORECASE
 )
-
-
-def _option(default, help: str, *, min=None, max=None, step=None, choices=None, advanced=False):
-    metadata = dict(help=help, min=min, max=max, step=step, choices=choices, advanced=advanced)
-    return dataclasses.field(default=default, metadata=types.MappingProxyType(metadata))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Preparation:
-    """What to make of each picture. Raises `UserError` for a value out of its range, or where nothing is to be done."""
-
-    crop: str = _option(
-        NONE, "What is cut out. centre: the largest square in the middle. objects: a square around each thing that a "
-        "detector finds, every one as a picture of its own.", choices=(NONE, CENTRE, OBJECTS),
-    )  # fmt: skip
-    jitter_copies: int = _option(
-        0, "Copies of each picture in other brightness, contrast, saturation and hue.", min=0, max=20
-    )
-    flip: str = _option(
-        NONE, "Mirrored copies. safe: without the captions that name a side, such as left, which would be wrong. "
-        "all: with all captions.", choices=(NONE, SAFE, ALL),
-    )  # fmt: skip
-    seed: int = _option(0, "Decides the colours of the copies.", min=0, max=2**53)
-    brightness: float = _option(0.5, "Copies: up to this share darker or brighter.", min=0.0, max=1.0, step=0.05,
-                                advanced=True)  # fmt: skip
-    contrast: float = _option(0.5, "Copies: up to this share less or more contrast.", min=0.0, max=1.0, step=0.05,
-                              advanced=True)  # fmt: skip
-    saturation: float = _option(0.5, "Copies: up to this share paler or more colourful.", min=0.0, max=1.0, step=0.05,
-                                advanced=True)  # fmt: skip
-    hue: float = _option(0.1, "Copies: colours turned by up to this share of the colour circle.", min=0.0, max=0.5,
-                         step=0.01, advanced=True)  # fmt: skip
-    detector: str = _option(
-        "medium", "For objects: small (13 MB) finds the most obvious, medium is 74 MB, large (167 MB) is slow without "
-        "a graphics card. Downloaded when first used.", choices=tuple(DETECTORS),
-    )  # fmt: skip
-    only: str = _option("", "For objects: only these, between commas, such as dog, cat. Empty: all 80 classes of COCO.")
-    never: str = _option("", "For objects: none of these, such as person.")
-    confidence: float = _option(0.7, "For objects: how sure the detector must be, from 0 to 1.", min=0.0, max=1.0,
-                                step=0.05, advanced=True)  # fmt: skip
-    minimum_size: int = _option(112, "For objects: smaller squares, in pixels a side, are left out.", min=1, max=4096,
-                                advanced=True)  # fmt: skip
-    most_objects: int = _option(3, "For objects: squares of one picture at most, the surest first.", min=1, max=100,
-                                advanced=True)  # fmt: skip
-    without_object: str = _option(
-        CENTRE, "For objects: whether a picture in which nothing is found gives its centre square, or none.",
-        choices=(CENTRE, LEAVE_OUT), advanced=True,
-    )  # fmt: skip
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            _check(field.name, getattr(self, field.name), field.metadata)
-        if self.crop == NONE and not self.jitter_copies and self.flip == NONE:
-            raise UserError("Nothing is chosen to be done; choose a crop, jitter_copies above 0, or a flip.")
-
-
-def _check(name: str, value: Any, limits) -> None:
-    if limits["choices"] and value not in limits["choices"]:
-        raise UserError(f"{name} is {value!r}; choose {' or '.join(map(repr, limits['choices']))}.")
-    if limits["min"] is not None and not limits["min"] <= value <= limits["max"]:
-        raise UserError(f"{name} is {value}; choose a value from {limits['min']} to {limits['max']}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,14 +150,6 @@ def _refuse_inside(dataset: ClipDataset, target: Path) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
-    """A piece of a picture: what is added to its name, and (left, top, right, bottom); None for the whole."""
-
-    suffix: str
-    square: tuple[int, int, int, int] | None
-
-
-@dataclasses.dataclass(frozen=True)
 class _Made:
     """What became of one sample: the names of the new pictures with their captions, or why there is none."""
 
@@ -252,7 +173,7 @@ class _Maker:
         self.dataset, self.beside, self.target, self.settings = dataset, beside, target, settings
         self.detector, self.detecting = detector, threading.Lock()
         self.wanted = wanted
-        self.names = _Names()
+        self.names = NewNames()
 
     def run(self, on_progress: Callable[[int, int], None], check_cancelled: Callable[[], None]) -> Prepared:
         made, left_out, found_in, sided = 0, [], set(), _Sided()
@@ -295,7 +216,7 @@ class _Maker:
             return _Made(index, reason=str(error))
         if _breaks_lines(self._original(index)):
             return _Made(index, reason="its name holds a line break, which originals.tsv cannot hold; rename it")
-        parts = self._parts(picture)
+        parts = parts_of(picture, self.settings, self._detect, self.wanted)
         if not parts:
             return _Made(index, reason="no object was found in it")
         captions = self.dataset.captions[index]
@@ -305,51 +226,16 @@ class _Maker:
             whole = picture if part.square is None else picture.crop(part.square)
             files.append((self._save(whole, index, stem + part.suffix, verbatim=part.square is None), captions))
             for number in range(1, self.settings.jitter_copies + 1):
-                copy = self._jittered(whole, f"{stem}{part.suffix}/{number}")
+                copy = jittered(whole, self.settings, f"{stem}{part.suffix}/{number}")
                 files.append((self._save(copy, index, f"{stem}{part.suffix}_jitter{number}"), captions))
             if self._mirrors(captions, safe):
                 mirrored = safe if self.settings.flip == SAFE else captions
-                files.append((self._save(_mirrored(whole), index, f"{stem}{part.suffix}_mirrored"), mirrored))
+                files.append((self._save(mirror(whole), index, f"{stem}{part.suffix}_mirrored"), mirrored))
         return _Made(index, tuple(files))
 
-    def _parts(self, picture) -> list[_Part]:
-        if self.settings.crop == NONE:
-            return [_Part("", None)]
-        centre = [_Part("", centre_square(picture.size))]
-        if self.settings.crop == CENTRE:
-            return centre
+    def _detect(self, picture):
         with self.detecting:  # one at a time: a detector fills the device, or all cores, by itself
-            boxes = self.detector(picture)
-        chosen = [box for box in boxes if box.score >= self.settings.confidence and box.name in self.wanted]
-        squares = squares_around(
-            chosen, picture.size, minimum=self.settings.minimum_size, most=self.settings.most_objects
-        )
-        if not squares:
-            return centre if self.settings.without_object == CENTRE else []
-        return [
-            _Part(f"_{number}_{box.name.replace(' ', '_')}", square) for number, (box, square) in enumerate(squares, 1)
-        ]
-
-    def _jittered(self, picture, key: str):
-        """As torchvision's ColorJitter, with draws that are a function of seed and name alone."""
-        from torchvision.transforms import functional as transforms
-
-        chance = _chance(self.settings.seed, key)
-
-        def draw(low: float, high: float) -> float:
-            return low + (high - low) * torch.rand((), generator=chance, dtype=torch.float64).item()
-
-        s = self.settings
-        changes = [
-            (transforms.adjust_brightness, draw(1 - s.brightness, 1 + s.brightness)),
-            (transforms.adjust_contrast, draw(1 - s.contrast, 1 + s.contrast)),
-            (transforms.adjust_saturation, draw(1 - s.saturation, 1 + s.saturation)),
-            (transforms.adjust_hue, draw(-s.hue, s.hue)),
-        ]
-        for number in torch.randperm(len(changes), generator=chance).tolist():
-            change, factor = changes[number]
-            picture = change(picture, factor)
-        return picture
+            return self.detector(picture)
 
     def _mirrors(self, captions: tuple[str, ...], safe: tuple[str, ...]) -> bool:
         if self.settings.flip == SAFE:
@@ -445,47 +331,6 @@ class _Labels:
                 self.stream.write("\n}\n")
 
 
-class _Names:
-    """File names that no two samples share, also where upper and lower case are the same."""
-
-    def __init__(self):
-        self.taken: set[str] = set()
-        self.stems: set[str] = set()
-        self.lock = threading.Lock()
-
-    def stem(self, name: str, suffix: str) -> str:
-        """The beginning of all names made of a picture: folders, and the file's name without extension."""
-        stem, number = self._plain_stem(name), 1
-        found = stem
-        while (key := (found + suffix).casefold()) in self.stems:
-            number += 1
-            found = f"{stem}_{number}"
-        self.stems.add(key)
-        return found
-
-    @staticmethod
-    def _plain_stem(name: str) -> str:
-        folder, _, file = name.rpartition("/")
-        folder = "".join(_letter(letter) for letter in folder)
-        stem = "".join(_letter(letter) for letter in os.path.splitext(file)[0])
-        stem = stem.encode("utf-8", "replace")[:_LONGEST_NAME].decode("utf-8", "ignore").lstrip(".") or "picture"
-        return f"{folder}/{stem}" if folder else stem
-
-    def file(self, stem: str, suffix: str) -> str:
-        with self.lock:
-            number, name = 1, stem + suffix
-            while name.casefold() in self.taken:
-                number += 1
-                name = f"{stem}_{number}{suffix}"
-            self.taken.add(name.casefold())
-            return name
-
-
-def _letter(letter: str) -> str:
-    """What stands for a letter in a name: tables and some file systems cannot hold all."""
-    return letter if letter.isprintable() and letter not in '\\:*?"<>|' else "_"
-
-
 class _Sided:
     """Captions that name a side, counted, with the first few."""
 
@@ -507,17 +352,6 @@ class _Sided:
 def _none_made(dataset: ClipDataset, left_out: list[tuple[str, str]]) -> str:
     name, reason = left_out[0] if left_out else (dataset.name, "it is empty")
     return f"Of {dataset.name} no picture could be made (for example {name}: {reason}); nothing was written."
-
-
-def _chance(seed: int, key: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{key}".encode("utf-8", "surrogatepass")).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def _mirrored(picture):
-    from PIL import ImageOps
-
-    return ImageOps.mirror(picture)
 
 
 def _stands_upright(path: Path) -> bool:
