@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -97,3 +97,22 @@ def our_loss(model: FullCLIP, batch: Batch, device: torch.device, name: str) -> 
         )
         positives = torch.eye(batch.pairs, dtype=torch.bool, device=device)
         return float(LOSSES[name].make(0.07, 0.1).to(device)(*features, network.logit_scale, positives))
+
+
+def most_allocated(action: Callable[[], object], device: torch.device) -> int:
+    """By how many bytes what torch has allocated grew at most while the action ran."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        action()
+        return torch.cuda.max_memory_allocated(device) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        action()
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most

@@ -6,9 +6,9 @@ import pytest
 import torch
 from clips import TINY, VIT_L_14, random_clip
 from pictures import labels_folder
-from torch.profiler import ProfilerActivity, profile
 
 from clip_finetune.engine import TrainConfig, UserError, load_dataset, to_gmp, train
+from clip_finetune.engine.bench_work import most_allocated
 from clip_finetune.engine.data.loader import Batch
 from clip_finetune.engine.openai import END, START
 from clip_finetune.engine.train import memory
@@ -37,18 +37,6 @@ def batch_of(pairs, size=MEDIUM.image_size):
     return Batch(images, tokens, torch.arange(pairs), torch.arange(pairs), list(range(pairs)))
 
 
-def allocated_by(action) -> int:
-    """The most bytes that torch had allocated at one time since the action began."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        action()
-    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
-
-
 @pytest.mark.parametrize(
     "pairs, precision, gmp, settings",
     [
@@ -69,7 +57,7 @@ def test_a_step_takes_what_was_foreseen(pairs, precision, gmp, settings):
     work.optimizer.zero_grad()
     found = forecast(work, pairs, work.micro_batch, LENGTH)
     foreseen = found.peak - found.weights - found.optimizer
-    assert foreseen == pytest.approx(allocated_by(lambda: work(batch, 1)), rel=0.1)
+    assert foreseen == pytest.approx(most_allocated(lambda: work(batch, 1), CPU), rel=0.1)
 
 
 @pytest.mark.parametrize("optimizer", ["adabelief", "adamw", "adafactor"])
@@ -106,6 +94,20 @@ def test_the_micro_batch_is_the_largest_that_fits(monkeypatch):
     assert fitting_micro_batch(work, 64) == 10
     monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
     assert fitting_micro_batch(work, 64) == 1
+
+
+def test_a_process_may_have_a_part_of_a_graphics_card(monkeypatch):
+    card, gb = torch.device("cuda"), 1e9
+    told = {"mem_get_info": (10 * gb, 24 * gb), "memory_reserved": 5 * gb, "memory_allocated": 3 * gb,
+            "get_per_process_memory_fraction": 1.0}  # fmt: skip
+    for name in told:
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: told[name], raising=False)
+    assert memory.total_bytes(card) == 24 * gb
+    assert memory.free_bytes(card) == pytest.approx(0.9 * (10 + 5 - 3) * gb)  # 2 of the reserved ones are not in use
+    told["get_per_process_memory_fraction"] = 1 / 3
+    assert memory.total_bytes(card) == 8 * gb
+    assert memory.free_bytes(card) == pytest.approx(0.9 * (8 - 3) * gb)
+    assert memory.total_bytes(CPU) is None
 
 
 def test_what_a_training_takes_is_told_and_kept(tmp_path):

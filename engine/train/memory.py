@@ -173,18 +173,22 @@ def require_memory(work: TrainingStep, pairs: int, text_length: int) -> None:
     )
 
 
-def total_bytes(device: torch.device) -> int | None:
-    """All the memory of a graphics card; None where it is not told."""
-    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
+def total_bytes(device: torch.device) -> float | None:
+    """All the memory of a graphics card that this process may have; None where it is not told."""
+    if device.type != "cuda":
+        return None
+    # Set by `torch.cuda.set_per_process_memory_fraction`; torch before 2.8 does not tell it.
+    allowed = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+    return allowed * torch.cuda.mem_get_info(device)[1]
 
 
 def free_bytes(device: torch.device) -> float:
     """What a training may take beside its weights."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return _SHARE_OF_FREE * (free + cached)
-    return _CPU_ACTIVATIONS
+    if device.type != "cuda":
+        return _CPU_ACTIVATIONS
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    free = min(torch.cuda.mem_get_info(device)[0] + reserved, total_bytes(device)) - allocated
+    return _SHARE_OF_FREE * free
 
 
 def _bytes(tensors) -> int:
