@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from adabelief_pytorch import AdaBelief
 from torch import Tensor, nn
+
+from ..errors import one_line
+
+if TYPE_CHECKING:
+    from .adabelief_kernel import AdaBeliefKernel, Numbers
 
 _CHUNK = 2**18  # elements of a chunk on a CPU: its temporaries stay in the cache
 _CHUNK_ON_DEVICE = 2**24  # elsewhere: few launches, and temporaries of 64 MB
@@ -20,13 +26,21 @@ class ChunkedAdaBelief(AdaBelief):
     `weight_decouple`, `rectify` and `degenerated_to_sgd`, which are its defaults.
 
     With the attribute `found_inf` (a tensor of one value) not 0, a step changes no parameter and no moment; the host's
-    step counters go on (see `forget_steps`).
+    step counters go on (see `forget_steps`). On CUDA one Triton kernel does the step where Triton works; `say` gets a
+    sentence where it does not. With `use_kernel` false it is not tried.
     """
+
+    def __init__(self, params, *, say: Callable[[str], None] = lambda note: None, **settings):
+        super().__init__(params, **settings)
+        self.say, self.use_kernel = say, True
+        self._kernel: AdaBeliefKernel | None = None
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
+        self._try_kernel()
         stopped = getattr(self, "found_inf", None)
         brake = None if stopped is None else _Brake(stopped)
+        work = []
         for group in self.param_groups:
             by_step: dict[int, list[nn.Parameter]] = {}
             for parameter in group["params"]:
@@ -34,8 +48,29 @@ class ChunkedAdaBelief(AdaBelief):
                     by_step.setdefault(self._counted(parameter), []).append(parameter)
             for number, parameters in by_step.items():
                 rows = [(p.data, p.grad, self.state[p]["exp_avg"], self.state[p]["exp_avg_var"]) for p in parameters]
+                if self._kernel is not None:
+                    taken = [self._kernel.takes(row) for row in rows]
+                    numbers = _numbers(group, number)
+                    work += [(row, numbers) for row, fits in zip(rows, taken, strict=True) if fits]
+                    rows = [row for row, fits in zip(rows, taken, strict=True) if not fits]
                 for columns in _chunks(rows):
                     _step_columns(columns, group, number, brake)
+        if self._kernel is not None:
+            self._kernel(work, stopped)
+
+    def _try_kernel(self) -> None:
+        """Once, before the first step with a parameter on CUDA changes anything."""
+        device = _cuda_device(self.param_groups) if self.use_kernel and self._kernel is None else None
+        if device is None:
+            return
+        try:
+            self._kernel = tried_kernel(device)
+        except Exception as error:  # Triton is missing, or whatever its compiler and the driver raise
+            self.use_kernel = False
+            self.say(
+                f"AdaBelief's Triton kernel does not work here ({type(error).__name__}: {one_line(error)}); the "
+                "training goes on with torch's own operations, which are slower and give the same weights."
+            )
 
     def _counted(self, parameter: nn.Parameter) -> int:
         state = self.state[parameter]
@@ -68,7 +103,7 @@ class _Brake:
 
 
 def _chunks(rows: Sequence[tuple[Tensor, ...]]) -> Iterable[Columns]:
-    limit = _CHUNK if rows[0][0].device.type == "cpu" else _CHUNK_ON_DEVICE
+    limit = _CHUNK if rows and rows[0][0].device.type == "cpu" else _CHUNK_ON_DEVICE
     columns: Columns = [[] for _ in range(4)]
     filled = 0
     for row in rows:
@@ -116,6 +151,37 @@ def _step_columns(columns: Columns, group: Mapping, step: int, brake: _Brake | N
     else:
         moves = averages if brake is None else torch._foreach_mul(averages, brake.term(1.0))
         torch._foreach_add_(parameters, moves, alpha=-step_size * rate)
+
+
+def _numbers(group: Mapping, step: int) -> Numbers:
+    (beta1, beta2), eps, rate = group["betas"], group["eps"], group["lr"]
+    rectified, step_size = rectification(step, beta1, beta2)
+    decay = 1.0 - rate * group["weight_decay"]
+    return decay, beta1, 1 - beta1, beta2, 1 - beta2, eps, -step_size * rate, float(rectified)
+
+
+def _cuda_device(groups: Iterable[Mapping]) -> torch.device | None:
+    devices = (parameter.device for group in groups for parameter in group["params"])
+    return next((device for device in devices if device.type == "cuda"), None)
+
+
+def tried_kernel(device: torch.device) -> AdaBeliefKernel:
+    """The Triton kernel, after it gave the bits of torch's own operations on the device, before rectification and
+    after, with numbers below the smallest normal one among them. Raises whatever keeps it from that."""
+    from .adabelief_kernel import BLOCK, AdaBeliefKernel
+
+    kernel, generator = AdaBeliefKernel(device), torch.Generator().manual_seed(0)
+    group = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-16, weight_decay=0.1)
+    scales = torch.logspace(-42, 3, 2 * BLOCK + 3)
+    for step in (1, 10):
+        values = [torch.randn(len(scales), generator=generator) * scales for _ in range(4)]
+        values[3].abs_()
+        theirs, ours = [value.to(device) for value in values], tuple(value.to(device, copy=True) for value in values)
+        _step_columns([[value] for value in theirs], group, step, None)
+        kernel([(ours, _numbers(group, step))], None)
+        if not all(torch.equal(one, other) for one, other in zip(theirs, ours, strict=True)):
+            raise RuntimeError("its last bits are not those of torch's operations")
+    return kernel
 
 
 def rectification(step: int, beta1: float, beta2: float) -> tuple[bool, float]:

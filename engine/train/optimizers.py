@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -114,9 +114,12 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, learning_rate: float, f
 # ---- optimizers ------------------------------------------------------------------------------------------------------
 
 
-def build_optimizer(config: TrainConfig, groups: Iterable[dict]) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: TrainConfig, groups: Iterable[dict], say: Callable[[str], None] = lambda note: None
+) -> torch.optim.Optimizer:
     """AdaBelief of adabelief-pytorch (Zhuang et al. 2020, arXiv:2010.07468), torch's AdamW or torch's Adafactor
     (Shazeer and Stern 2018, arXiv:1804.04235), which has no momentum, so that the betas do nothing; decay is decoupled.
+    `say` gets a sentence for the user.
     """
     betas = (config.beta1, config.beta2)
     if config.optimizer == "adamw":
@@ -128,7 +131,7 @@ def build_optimizer(config: TrainConfig, groups: Iterable[dict]) -> torch.optim.
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its settings
         return ChunkedAdaBelief(
             list(groups), lr=config.learning_rate, betas=betas, eps=1e-16, weight_decouple=True, rectify=True,
-            print_change_log=False,
+            print_change_log=False, say=say,
         )  # fmt: skip
 
 
