@@ -33,7 +33,7 @@ def run_report(
 ) -> str:
     """A page about a run of which `step` steps are done. `config` is its config.json, `steps` and `validations` are the
     lines of its metrics.jsonl, `defaults` the settings that nobody chose, `pictures` (PIL, caption) pairs of the
-    validation set; `best_step` is that of the best model, None if nothing told which it is."""
+    validation set, else of the training; `best_step` is that of the best model, None if nothing told which it is."""
     page = Page(f"Training: {name}")
     lead = _lead(step, total_steps, best_step)
     page.add("", paragraph(lead, "lead"), _before_and_after(steps, validations, best_step))
@@ -42,7 +42,8 @@ def run_report(
     page.add("Data", _data(config.get("data") or {}))
     groups = config.get("groups") or []
     page.add("What trains, and how fast", fold(f"{len(groups)} groups", html_table(groups)))
-    page.add("Some of the validation pictures", page.sheet(pictures))
+    which = "validation" if validations else "training"
+    page.add(f"Some of the {which} pictures", page.sheet(pictures))
     page.add("What was said", *(paragraph(note) for note in notes if not note.startswith("What trains, and how fast")))
     page.add("Made with", _made_with(config, steps))
     return page.text()
@@ -161,7 +162,7 @@ def _made_with(config: Mapping[str, Any], steps) -> Html:
         seconds = sum(pairs / speed for speed in speeds)
         known |= {"time of the steps": time_words(seconds), "pairs a second": f"{pairs * len(speeds) / seconds:.1f}"}
     made_of = (config.get("model") or {}).get("provenance") or {}
-    known |= {f"model, {key}": _listed(value) for key, value in made_of.items()}
+    known |= {f"model, {key}": _listed(value) for key, value in made_of.items() if value is not None}
     return facts(known | dict(config.get("versions") or {}))
 
 

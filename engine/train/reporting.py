@@ -16,14 +16,14 @@ _PICTURES = 12
 
 
 def write_report(training: Training) -> None:
-    """Write report.html out of what is in the run folder and some of the validation pictures. That it cannot be written
+    """Write report.html out of what is in the run folder and some of the pictures. That it cannot be written
     is a note and no more: everything in it is in the other files too."""
     from ..data.inspection import sample_pictures  # here: whoever imports the engine need not wait for them
     from ..report.run_report import run_report
 
     folder = training.folder
     try:
-        pictures = sample_pictures(training.validation, _PICTURES, side=256) if training.validation is not None else []
+        shown = training.train_set if training.validation is None else training.validation
         page = run_report(
             folder.path.name,
             folder.config(),
@@ -34,7 +34,7 @@ def write_report(training: Training) -> None:
             best_step=None if training.best is None else int(training.best["step"]),
             defaults={field.name: field.default for field in dataclasses.fields(TrainConfig)},
             notes=training.notes,
-            pictures=pictures,
+            pictures=sample_pictures(shown, _PICTURES, side=256),
         )
         write_text(folder.report_file, page)
     except (UserError, OSError, MemoryError, LookupError, TypeError, ValueError) as error:
