@@ -8,6 +8,7 @@ import torch
 from clips import CLIP_L, random_clip
 from comfyui_server import PACK, load_graph, run_from_page
 from pictures import class_folder, labels_folder
+from PIL import Image
 from safetensors.torch import save_file
 
 from clip_finetune.engine import load_full_clip, save_full_clip
@@ -16,6 +17,23 @@ from clip_finetune.engine.clip.export import text_encoder_state_dict
 pytestmark = pytest.mark.comfyui
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
+YOURS = "Load Full CLIP (yours)"  # what the workflows call the trained one of two models
+
+
+def read(workflow: Path) -> dict:
+    return json.loads(workflow.read_text(encoding="utf-8"))
+
+
+def training_node(workflow: dict) -> str | None:
+    """The type of the node that trains, if there is one."""
+    return next((node["type"] for node in workflow["nodes"] if node["type"].startswith("TrainCLIP")), None)
+
+
+TRAINING_WORKFLOWS = [file for file in WORKFLOWS if training_node(read(file))]
+MEASURING_NODES = ("EvalRetrieval", "EvalZeroShot", "EvalTypographic", "RankCaptions", "CompareFullCLIP", "PlotGmP",
+                   "BlendSweep")  # fmt: skip
+LISTED_BY = {"ExportClipL": ("CLIPLoader", "clip_name"), "SaveFullCLIP": ("LoadFullCLIP", "model")}
+MEASURING_WORKFLOWS = [file for file in WORKFLOWS if file not in TRAINING_WORKFLOWS]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,11 +41,21 @@ def files(comfyui):
     models = comfyui.base / "models"
     save_full_clip(random_clip(), models / "full_clip/tiny.safetensors")
     save_full_clip(random_clip(CLIP_L), models / "full_clip/clip_l.safetensors")
+    save_full_clip(random_clip(CLIP_L, seed=1), models / "full_clip/clip_l_trained.safetensors")
     save_file(text_encoder_state_dict(random_clip(CLIP_L, seed=7), dtype="fp16")[0],
               models / "text_encoders/l.safetensors")  # fmt: skip
     write_clip_g(models / "text_encoders/g.safetensors")
     labels_folder(comfyui.base / "datasets/my_pictures", 20)
     class_folder(comfyui.base / "datasets/my_classes")
+    Image.new("RGB", (64, 48), (40, 60, 220)).save(comfyui.base / "input/example.png")  # the host brings one
+
+
+@pytest.fixture
+def browser_page(browser_page):
+    """The page after R, with the files, and so large that the letters of a whole workflow are drawn."""
+    browser_page.set_viewport_size({"width": 2600, "height": 1700})
+    browser_page.evaluate("async () => { await window.app.refreshComboInNodes(); }")
+    return browser_page
 
 
 def write_clip_g(file: Path) -> None:
@@ -56,20 +84,29 @@ def write_clip_g(file: Path) -> None:
         stream.truncate(8 + len(encoded) + end)
 
 
-def set_widgets(page, node_type, **values):
-    """What a user types into the widgets of every node of a type that is not bypassed."""
+def set_widgets(page, kind, **values):
+    """What a user types into the widgets of every node of a type, or of a title, that is not bypassed."""
     missing = page.evaluate(
-        """([type, values]) => { const missing = [];
-        for (const node of window.app.graph.nodes.filter(n => n.type === type && n.mode === 0))
+        """([kind, values]) => { const missing = [];
+        for (const node of window.app.graph.nodes.filter(n => [n.type, n.title].includes(kind) && n.mode === 0))
             for (const [name, value] of Object.entries(values)) {
                 const widget = node.widgets.find(w => w.name === name);
                 if (!widget) { missing.push(name); continue; }
                 widget.value = value; widget.callback?.(value, window.app.canvas, node);
             }
         return missing; }""",
-        [node_type, values],
+        [kind, values],
     )
     assert not missing
+
+
+def switch_on(page) -> int:
+    """What Ctrl+B does to the optional nodes; how many there are."""
+    return page.evaluate(
+        """() => { const bypassed = window.app.graph.nodes.filter(n => n.mode === 4);
+        for (const node of bypassed) node.mode = 0;
+        return bypassed.length; }"""
+    )
 
 
 def widgets(page, node_type):
@@ -86,6 +123,36 @@ def unknown_nodes(page):
     )
 
 
+def layout_faults(page):
+    """Which nodes (with their titles) lie over others, or across the edge of a group, in words."""
+    return page.evaluate(
+        """() => { const faults = [], nodes = window.app.graph.nodes, titleHeight = 30;
+        const box = (pos, size, above) =>
+            ({left: pos[0], top: pos[1] - above, right: pos[0] + size[0], bottom: pos[1] + size[1]});
+        const meet = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+        const holds = (a, b) => a.left <= b.left && a.top <= b.top && a.right >= b.right && a.bottom >= b.bottom;
+        for (const [index, node] of nodes.entries()) {
+            const place = box(node.pos, node.size, titleHeight);
+            for (const other of nodes.slice(index + 1))
+                if (meet(place, box(other.pos, other.size, titleHeight)))
+                    faults.push(`${node.title} over ${other.title}`);
+            for (const group of window.app.graph._groups) {
+                const area = box(group.pos, group.size, 0);
+                if (meet(area, place) && !holds(area, place)) faults.push(`${node.title} leaves ${group.title}`);
+            }
+        }
+        return faults; }"""
+    )  # fmt: skip
+
+
+def nodes_with_results(page):
+    """The ids of the nodes that show a picture or a text."""
+    return page.evaluate(
+        """() => { const text = n => n.type === "PreviewAny" && n.widgets.find(w => w.name === "preview_text").value;
+        return window.app.graph.nodes.filter(n => n.imgs?.length || text(n)).map(n => Number(n.id)); }"""
+    )
+
+
 def settings_of(workflow):
     """The widget values of all nodes, by node id."""
     return {node["id"]: node.get("widgets_values") or [] for node in workflow["nodes"]}
@@ -93,12 +160,13 @@ def settings_of(workflow):
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
 def test_a_workflow_loads_as_it_was_saved(comfyui, browser_page, screenshot, file):
-    workflow = json.loads(file.read_text(encoding="utf-8"))
+    workflow = read(file)
     load_graph(browser_page, workflow)
     assert unknown_nodes(browser_page) == []
     loaded = browser_page.evaluate("() => window.app.graph.serialize()")
     assert settings_of(loaded) == settings_of(workflow)
     assert len(loaded["links"]) == len(workflow["links"])
+    assert layout_faults(browser_page) == []
     screenshot()
 
 
@@ -125,23 +193,57 @@ def with_dual_clip_loader(workflow):
     return workflow
 
 
-@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
-def test_a_workflow_runs_from_the_page(comfyui, browser_page, screenshot, file):
-    workflow = with_dual_clip_loader(json.loads(file.read_text(encoding="utf-8")))
+def run_all_of_it(page, screenshot):
+    """Queue the workflow as it is, then with its optional nodes switched on."""
+    seen = run_from_page(page)
+    screenshot()
+    assert seen["status"] == "execution_success", seen
+    assert layout_faults(page) == []
+    if switch_on(page):
+        set_widgets(page, "EvalZeroShot", templates="simple")
+        seen = run_from_page(page)
+        screenshot("all")
+        assert seen["status"] == "execution_success", seen
+        assert layout_faults(page) == []
+
+
+@pytest.mark.parametrize("file", TRAINING_WORKFLOWS, ids=lambda file: file.stem)
+def test_a_workflow_that_trains_runs_from_the_page(comfyui, browser_page, screenshot, file):
+    workflow = with_dual_clip_loader(read(file))
     load_graph(browser_page, workflow)
-    train = next(node["type"] for node in workflow["nodes"] if node["type"].startswith("TrainCLIP"))
+    train = training_node(workflow)
     set_widgets(browser_page, "LoadFullCLIP", model="clip_l.safetensors")
     set_widgets(browser_page, train, run_name=file.stem, epochs=1, batch_size=9, precision="fp32")
     set_widgets(browser_page, "ExportClipL", filename_prefix=f"clip/{file.stem}")
-    seen = run_from_page(browser_page)
-    screenshot()
-    assert seen["status"] == "execution_success", seen
+    run_all_of_it(browser_page, screenshot)
     run = comfyui.base / "output/clip_finetune" / file.stem
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2]
     assert f"{file.stem}_00001_.safetensors" in comfyui.choices("CLIPLoader", "clip_name")
     best = load_full_clip(run / "best.safetensors")
     assert best.parameterization == ("gmp" if train == "TrainCLIPGmP" else "linear")
+
+
+@pytest.mark.parametrize("file", MEASURING_WORKFLOWS, ids=lambda file: file.stem)
+def test_a_workflow_that_measures_runs_from_the_page(comfyui, browser_page, screenshot, file):
+    workflow = read(file)
+    load_graph(browser_page, workflow)
+    set_widgets(browser_page, "LoadFullCLIP", model="clip_l.safetensors")
+    set_widgets(browser_page, YOURS, model="clip_l_trained.safetensors")
+    set_widgets(browser_page, "EvalZeroShot", templates="simple")
+    set_widgets(browser_page, "BlendSweep", templates="simple", steps=3)
+    run_all_of_it(browser_page, screenshot)
+    expected = {node["id"] for node in workflow["nodes"] if node["type"] in (*MEASURING_NODES, "PreviewAny")}
+    assert expected <= set(nodes_with_results(browser_page))
+    for node in workflow["nodes"]:
+        if node["type"] in LISTED_BY:
+            name = node["widgets_values"][0].split("/")[1]
+            assert f"{name}_00001_.safetensors" in comfyui.choices(*LISTED_BY[node["type"]])
+
+
+def test_every_node_that_measures_or_blends_is_in_a_workflow():
+    shown = {node["type"] for file in WORKFLOWS for node in read(file)["nodes"]}
+    assert {*MEASURING_NODES, "BlendFullCLIP"} <= shown
 
 
 TRAINING = {
