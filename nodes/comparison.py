@@ -49,8 +49,7 @@ class CompareFullCLIP(io.ComfyNode):
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         with _measuring(cls) as (display, measuring):
             found = compare_full_clips(full_clip, baseline, dataset, prompts=lines or PROMPTS, **measuring)
-        for sentence in (*found.verdict, *found.notes):
-            display.say(sentence)
+        display.conclude(*found.verdict, *found.notes)
         chart = host.image_tensor(found.chart())
         return io.NodeOutput(found.table(), chart, ui=ui.PreviewImage(chart, cls=cls))
 
@@ -81,8 +80,7 @@ class PlotGmP(io.ComfyNode):
                 full_clip, baseline, device=host.device(), on_progress=display.count,
                 check_cancelled=host.check_cancelled,
             )  # fmt: skip
-        for sentence in (found.sentence, *found.notes):
-            display.say(sentence)
+        display.conclude(found.sentence, *found.notes)
         chart = host.image_tensor(found.chart())
         return io.NodeOutput(chart, ui=ui.PreviewImage(chart, cls=cls))
 
@@ -152,8 +150,7 @@ class BlendSweep(io.ComfyNode):
     def execute(cls, full_clip, baseline, dataset, general=None, steps=11, templates="openai-80"):
         with _measuring(cls) as (display, measuring):
             found = blend_sweep(full_clip, baseline, dataset, general, steps=steps, templates=templates, **measuring)
-        for sentence in (found.sentence, found.rule, *found.notes):
-            display.say(sentence)
+        display.conclude(found.sentence, found.rule, *found.notes)
         chart = host.image_tensor(found.chart())
         return io.NodeOutput(found.best, chart, found.table(), ui=ui.PreviewImage(chart, cls=cls))
 

@@ -125,10 +125,10 @@ class EvalZeroShot(io.ComfyNode):
         }
         what = "Zero-shot accuracy"
         sentence = _sentence(what, results, lambda found: found.top1)
-        display.say(sentence)
         if "baseline" in results and len(results["baseline"].right_first) == len(found.right_first):
             low, high = difference_interval(found.right_first, results["baseline"].right_first)
             display.say(f"With other pictures of this kind, top 1 may differ by {100 * low:+.1f} to {100 * high:+.1f}.")
+        display.say(sentence)
         rows = _rows(what, results, measures)
         rows.insert(1, {what: "top 1 may be"} | {name: _interval(found) for name, found in results.items()})
         if protocol == "published":
@@ -180,11 +180,10 @@ class EvalRetrieval(io.ComfyNode):
             for k in (1, 5, 10)
         }
         sentence = _sentence("Recall at 1", results, lambda found: found.recall_at_1)
-        display.say(sentence)
+        display.conclude(sentence, _ranks_in_words(results))
         drawn = {name.replace(" R@", "\nR@"): tell for name, tell in measures.items() if not name.endswith("R@10")}
         chart = host.image_tensor(bar_chart(_groups(results, drawn), title=sentence))
         rows = _rows("Recall at 1", results, measures)
-        display.say(_ranks_in_words(results))
         return io.NodeOutput(results["model"].recall_at_1, table(rows), chart, ui=ui.PreviewImage(chart, cls=cls))
 
 

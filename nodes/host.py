@@ -265,6 +265,11 @@ class Display:
             self.lines.append(sentence)
             self._send()
 
+    def conclude(self, *sentences: str) -> None:
+        """Say what came out; the last sentence that is said stands on top, so the first of these is said last."""
+        for sentence in reversed(sentences):
+            self.say(sentence)
+
     def status(self, line: str) -> None:
         """Show a line below the sentences until the next one."""
         self._send(line)
