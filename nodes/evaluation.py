@@ -183,7 +183,7 @@ class EvalRetrieval(io.ComfyNode):
         display.conclude(sentence, _ranks_in_words(results))
         drawn = {name.replace(" R@", "\nR@"): tell for name, tell in measures.items() if not name.endswith("R@10")}
         chart = host.image_tensor(bar_chart(_groups(results, drawn), title=sentence))
-        rows = _rows("Recall at 1", results, measures)
+        rows = _rows("Recall", results, measures)
         return io.NodeOutput(results["model"].recall_at_1, table(rows), chart, ui=ui.PreviewImage(chart, cls=cls))
 
 

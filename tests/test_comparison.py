@@ -681,7 +681,7 @@ def test_the_sweep_finds_a_planted_optimum(planted, data):
 
 def test_a_sweep_of_a_model_with_itself_stays_at_the_baseline(model, data):
     found = blend_sweep(model, model, data, data, steps=2)
-    assert found.alpha == 0 and "Best at alpha 0 (the baseline)" in found.sentence
+    assert found.alpha == 0 and "Best at alpha 0, the baseline" in found.sentence
     assert found.chart().mode == "RGB"
     with pytest.raises(UserError, match="give 2 at least"):
         blend_sweep(model, model, data, steps=1)

@@ -140,10 +140,12 @@ class Comparison:
     def _rows_of_states(self) -> list[dict[str, str]]:
         rows = []
         for state, positions in self.conditioning.states.items():
-            row = {"what image models read": f"{self.conditioning.readers[state]}: {STATES[state]}"}
+            rows.append({"what image models read": f"{self.conditioning.readers[state]}: {STATES[state]}"})
             for position, moved in positions.items():
-                row |= {f"{position} cos": f"{moved.cosine:.4f}", f"{position} change": f"{moved.relative_l2:.1%}"}
-            rows.append(row)
+                rows.append({
+                    "what image models read": f"  of {position}", "cosine": f"{moved.cosine:.4f}",
+                    "change": f"{moved.relative_l2:.1%}",
+                })  # fmt: skip
         return rows
 
     def _rows_of_weights(self) -> list[dict[str, str]]:

@@ -53,14 +53,11 @@ class SweepResult:
     @property
     def sentence(self) -> str:
         """What was found, in words."""
-        end = {0: " (the baseline)", 1: " (the model as it is)"}.get(self.alpha, "")
-        told = f"Best at alpha {self.alpha:g}{end}: {self.chosen.score:.1%}"
-        if self.general_measure is None:
-            return told + f", where the baseline has {self.points[0].score:.1%}."
-        general = f"{self.chosen.general:.1%} in general"
-        return (
-            f"{told} and {general}, where the baseline has {self.points[0].score:.1%} and {self.points[0].general:.1%}."
-        )
+        baseline, chosen = (_scores(point) for point in (self.points[0], self.chosen))
+        if self.alpha == 0:
+            return f"Best at alpha 0, the baseline: no blend that may be chosen is better than its {chosen}."
+        end = " (the model as it is)" if self.alpha == 1 else ""
+        return f"Best at alpha {self.alpha:g}{end}: {chosen}, where the baseline has {baseline}."
 
     def table(self) -> str:
         """The sentence, the rule and a row a blend, the best marked."""
@@ -139,6 +136,10 @@ def blend_sweep(
         rule=rule_in_words(dataset.name, None if general is None else general.name),
         notes=tuple(notes),
     )
+
+
+def _scores(point: Point) -> str:
+    return f"{point.score:.1%}" if point.general is None else f"{point.score:.1%} and {point.general:.1%} in general"
 
 
 def measure_of(dataset: ClipDataset) -> str:

@@ -10,7 +10,7 @@ from .canvas import DPI, GROUND, INK, TOP, add_legend, canvas, colours_of, dress
 from .contact_sheet import contact_sheet, font, wrapped
 
 _WIDTH = 892  # pixels; four pictures of a contact sheet side by side
-_BARS_HEIGHT, _ROW, _MOST_ROWS = 400, 0.34, 12  # pixels; inches a row of bars; rows
+_BARS_HEIGHT, _ROW, _MOST_ROWS = 400, 0.42, 12  # pixels; inches a row of bars; rows
 _LETTERS = 44  # of a text or pair of names in a line
 
 
@@ -35,8 +35,7 @@ def share_chart(
     most = max(count for pairs in lists.values() for *_, count in pairs)
     for number, (name, pairs) in enumerate(lists.items()):
         axes = figure.add_subplot(grid[1, number])
-        wide = _LETTERS if len(lists) == 1 else _LETTERS // 2
-        labels = [_cut(f"{one} → {other}", wide) for one, other, _ in pairs]
+        labels = [_confused(one, other, beside=len(lists) > 1) for one, other, _ in pairs]
         drawn = axes.barh(range(len(pairs)), [count for *_, count in pairs], 0.7, color=colours_of(list(lists))[number])
         axes.bar_label(drawn, color=INK, fontsize=10, padding=3)
         dress(axes, f"Most often mistaken by the {name}" if len(lists) > 1 else "Most often mistaken", 10)
@@ -123,6 +122,12 @@ def _draw_groups(axes, groups, title: str, intervals) -> None:
     axes.grid(axis="x", visible=False)
     if len(names) > 1:
         add_legend(axes, loc="upper center", ncols=len(names))
+
+
+def _confused(one: str, other: str, *, beside: bool) -> str:
+    """In a line, or in two where another list stands beside it."""
+    most = _LETTERS // 2 - 2
+    return f"{_cut(one, most)} →{chr(10) if beside else ' '}{_cut(other, most)}"
 
 
 def _percent(value: float) -> str:

@@ -225,9 +225,12 @@ def _draw_frontier(axes, points, chosen, floor: float | None) -> None:
     places: dict[tuple[float, float], list[str]] = {}  # several blends may score the same
     for alpha, score, general in points:
         places.setdefault((100 * general, 100 * score), []).append(ends.get(alpha, f"{alpha:g}"))
+    middle = sum(x for x, _ in places) / len(places)
     for place, names in places.items():
         label = ", ".join(names) if len(names) < 4 else f"{names[0]} to {names[-1]}"
-        axes.annotate(label, place, (5, 5), textcoords="offset points", color=INK, fontsize=10)
+        left = place[0] > middle  # so that no label runs over the edge
+        axes.annotate(label, place, (-7 if left else 7, 5), textcoords="offset points", color=INK, fontsize=10,
+                      ha="right" if left else "left")  # fmt: skip
     axes.plot(100 * chosen[2], 100 * chosen[1], color=GREEN, marker="*", markersize=18, linestyle="none")
     if floor is not None:
         axes.axvline(100 * floor, color=ORANGE, linestyle="--", linewidth=1.5, label="right of it: allowed")
