@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import get_type_hints
@@ -30,9 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_any_letter()
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments) or 0
+        status = arguments.run(arguments) or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"clip-finetune {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read what is printed, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print(f"clip-finetune {arguments.command}: stopped.", file=sys.stderr)

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .data.captions import holds_captions
 from .data.convert import convert_captions
 from .data.dataset import ClipDataset, load_dataset, split_dataset
 from .data.preparation import Preparation, prepare_images
@@ -34,6 +35,30 @@ def _check_output(path: str) -> None:
         raise UserError(f"{path} must end in .safetensors.")
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder; give the name of a file.")
+
+
+def require_writable(path: str, *others: str | None) -> None:
+    """Before anything is measured for nothing: raise `UserError` where a file cannot be written, or would take the
+    place of one of the `others`, of captions, or of what is no ordinary file."""
+    if os.path.isdir(path):
+        name = f"report{Path(path).suffix or '.json'}"
+        raise UserError(f"{path} is a folder; give the name of a file, such as {os.path.join(path, name)}.")
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is no ordinary file, and it is not replaced; give another name.")
+    above = Path(os.path.abspath(path)).parent
+    while not os.path.lexists(above):
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"{path} cannot be written, because {above} is no folder that you can write to.")
+    for other in filter(None, others):
+        if os.path.abspath(other) == os.path.abspath(path) or _same_file(path, other):
+            raise UserError(f"{path} would take the place of what is read or written besides; give another name.")
+    if os.path.isfile(path) and holds_captions(path):
+        raise UserError(f"{path} holds captions, and they are not replaced; give another name.")
+
+
+def _same_file(one: str, other: str) -> bool:
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
@@ -177,20 +202,24 @@ def run_info(arguments: argparse.Namespace) -> None:
     from .clip.files import write_json
     from .info import describe, in_words
 
+    if arguments.json:
+        require_writable(arguments.json, arguments.path)
     facts = describe(arguments.path, arguments.activation)
-    print(in_words(facts))
     if arguments.json:
         write_json(arguments.json, facts)
+    print(in_words(facts))
 
 
 def run_bench(arguments: argparse.Namespace) -> None:
     from .bench import bench
     from .clip.files import write_json
 
+    if arguments.json:
+        require_writable(arguments.json, arguments.model)
     found = bench(
         arguments.model, batch_size=arguments.batch_size, rounds=arguments.rounds, precision=arguments.precision,
         threads=arguments.threads, device=arguments.device, activation=arguments.activation, say=say,
     )  # fmt: skip
-    print(found.table())
     if arguments.json:
         write_json(arguments.json, found.as_dict())
+    print(found.table())

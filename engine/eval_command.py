@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from pathlib import Path
 from typing import Any
 
-from .commands import open_data, open_model
+from .commands import open_data, open_model, require_writable
 from .data.dataset import ClipDataset
 from .errors import UserError
 from .terminal import say, tell_notes
@@ -28,11 +27,13 @@ def run_eval(arguments: argparse.Namespace) -> int:
         raise UserError("--imagenet and --coco are for --selfcheck; give --data.")
     if arguments.compare and not arguments.baseline:
         raise UserError("--compare needs --baseline: the model that the training began from.")
-    if arguments.html:
-        _check_page(arguments.html)
+    read = (*arguments.model, arguments.baseline, arguments.data)
+    for path, other in ((arguments.json, arguments.html), (arguments.html, arguments.json)):
+        if path:
+            require_writable(path, other, *read)
     dataset = _load_attacks(arguments) or open_data(arguments, arguments.data)
     if arguments.compare:
-        _check_comparable(arguments)
+        _check_comparable(arguments, dataset)
     models = [("model", file) for file in arguments.model]
     if arguments.baseline:
         models.append(("baseline", arguments.baseline))
@@ -44,52 +45,45 @@ def run_eval(arguments: argparse.Namespace) -> int:
             context_length=arguments.context_length, cache=cache, features=features, on_note=notes.say,
             on_attack=attacks.setdefault,
         )  # fmt: skip
-        print(table_of(results))
+        say(f"{dataset.name}: {len(dataset)} pictures ({dataset.reason})")
+        for note in dataset.notes:
+            notes.say(note)
         compared = _compare(arguments, dataset, cache, features, notes) if arguments.compare else {}
     found: dict[str, Any] = {"models": results}
     if compared:
         found["comparisons"] = [{"file": file} | comparison.as_dict() for file, comparison in compared.items()]
     if arguments.json:
         write_json(arguments.json, found)
-    if not arguments.html:
-        return 0
-    _write_page(arguments, dataset, results, attacks, compared, notes)
-    return 0 if os.path.isfile(arguments.html) else 1
+    if arguments.html:
+        _write_page(arguments, dataset, results, attacks, compared, notes)
+    print(table_of(results))
+    for file, comparison in compared.items():
+        print("\n".join([f"\n{file} beside {arguments.baseline}:", *comparison.verdict]))
+    return 0 if all(os.path.isfile(path) for path in (arguments.json, arguments.html) if path) else 1
 
 
 def _compare(arguments: argparse.Namespace, dataset: ClipDataset, cache, features, notes: _Told) -> dict[str, Any]:
-    """A comparison with the baseline for each model, by its file, told as they come."""
+    """A comparison with the baseline for each model, by its file."""
     from .evaluate.comparison import compare_full_clips
 
     baseline, compared = open_model(arguments, arguments.baseline), {}
     for file in dict.fromkeys(arguments.model):
         found = compare_full_clips(open_model(arguments, file), baseline, dataset, cache=cache, features=features)
         compared[file] = found
-        print(f"\n{file} beside {arguments.baseline}:")
-        print("\n".join(found.verdict))
         for note in found.notes:
             notes.say(note)
     return compared
 
 
-def _check_comparable(arguments: argparse.Namespace) -> None:
+def _check_comparable(arguments: argparse.Namespace, dataset: ClipDataset) -> None:
     """Before anything is measured for nothing."""
     from .evaluate.drift import require_one_architecture
 
+    if len(dataset) < 2:
+        raise UserError(f"--compare needs some hundred pictures, and {dataset.name} has {len(dataset)}; give more.")
     baseline = open_model(arguments, arguments.baseline)
     for file in arguments.model:
         require_one_architecture(open_model(arguments, file), baseline)
-
-
-def _check_page(path: str) -> None:
-    """Before anything is measured for nothing."""
-    if os.path.isdir(path):
-        raise UserError(f"{path} is a folder; give the name of a file, such as {os.path.join(path, 'report.html')}.")
-    above = Path(path).parent
-    while not os.path.lexists(above):
-        above = above.parent
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"{path} cannot be written, because {above} is no folder that you can write to.")
 
 
 def _write_page(arguments: argparse.Namespace, dataset: ClipDataset, results, attacks, compared, notes: _Told) -> None:
@@ -142,20 +136,28 @@ def _selfcheck(arguments: argparse.Namespace) -> int:
     from .clip.files import write_json
     from .data.cache import PictureCache, user_cache_folder
     from .evaluate.selfcheck import require_sets, selfcheck
+    from .evaluate.zero_shot import PROTOCOLS, TEMPLATES
 
     sets = {"imagenet": arguments.imagenet or os.environ.get("IMAGENET"),
             "coco": arguments.coco or os.environ.get("COCO")}  # fmt: skip
     if arguments.data or len(arguments.model) > 1:
         raise UserError("--selfcheck takes one --model at most, and --imagenet and --coco instead of --data.")
+    others = {"--html": arguments.html, "--baseline": arguments.baseline, "--compare": arguments.compare,
+              "--typographic": arguments.typographic, "--protocol": arguments.protocol != PROTOCOLS[0],
+              "--templates": arguments.templates != TEMPLATES[0]}  # fmt: skip
+    if given := [flag for flag, value in others.items() if value]:
+        raise UserError(f"--selfcheck measures what was published, and does nothing with {given[0]}; leave it out.")
     require_sets(**sets)
+    if arguments.json:
+        require_writable(arguments.json, *arguments.model)
     source = (*arguments.model, os.environ.get("CLIP_WEIGHTS") or "ViT-L-14/openai")[0]
     model = open_model(arguments, source)
     tell_notes(model.notes)
     with contextlib.closing(PictureCache(user_cache_folder(), say=say)) as cache:
         found = selfcheck(model, **sets, cache=cache, on_note=say)
     tell_notes(found.notes)
-    print(found.table())
-    print(found.verdict)
     if arguments.json:
         write_json(arguments.json, found.as_dict())
+    print(found.table())
+    print(found.verdict)
     return 0 if found.passed else 1

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy
 import pytest
+from clips import random_clip
 from pictures import class_folder, labels_folder
 from PIL import Image
 
-from clip_finetune.engine import UserError, load_dataset, split_dataset
+from clip_finetune.engine import UserError, eval_zero_shot, load_dataset, split_dataset
 from clip_finetune.engine.cli import main
 from clip_finetune.engine.data import folder_captions
 from clip_finetune.engine.data.convert import TARGETS, convert_captions
@@ -113,6 +114,18 @@ def test_a_csv_of_classes_gives_one_sample_a_picture_and_what_most_rows_say(tmp_
     data = load_dataset(folder_of(tmp_path, {"human_responses.csv": rows}, "all/a.png all/b.png"))
     assert data.format == "labels" and data.class_names == ("hen", "red fox") and data.labels == [1, 0]
     assert data.missing() == [] and not data.has_captions and "1 pictures have rows that do not agree" in data.notes[0]
+
+
+def test_where_as_many_rows_say_one_class_as_another_both_are_right_in_any_order(tmp_path):
+    rows = ["a.png,cat", "a.png,dog", "a.png,hen", "a.png,dog", "a.png,cat", "bb.png,hen"]
+    for number, lines in enumerate((rows, rows[::-1])):
+        folder = folder_of(tmp_path / str(number), {"labels.csv": "\n".join(["image,label", *lines])}, "a.png bb.png")
+        data = load_dataset(folder)
+        found = sorted((name, data.class_names[label]) for name, label in zip(data.names, data.labels, strict=True))
+        assert found == [("a.png", "cat"), ("a.png", "dog"), ("bb.png", "hen")] and data.missing() == []
+        assert "each of those that as many say" in data.notes[0]
+        found = eval_zero_shot(random_clip(), data, templates="none")
+        assert found.images == 2 and found.per_class_images == {"cat": 1, "dog": 1, "hen": 1}
 
 
 LABELLED = [{"file_name": "all/a.png", "id": 7, "object_label": "red_fox"}, {"file_name": "b.png"},

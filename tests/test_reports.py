@@ -3,7 +3,10 @@
 import base64
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy
@@ -265,6 +268,14 @@ def test_two_models_of_one_file_name_are_told_apart(here):
     "options, words",
     [
         ("--html colours", "colours is a folder; give the name of a file"),
+        ("--json colours", "colours is a folder; give the name of a file"),
+        ("--json tiny.safetensors", "tiny.safetensors would take the place of what is read"),
+        ("--html ./tiny.safetensors", "would take the place of what is read"),
+        ("--html link.safetensors", "would take the place of what is read"),
+        ("--json one --html one", "would take the place of what is read or written besides"),
+        ("--json colours/labels.json", "colours/labels.json holds captions, and they are not replaced"),
+        ("--json pipe", "pipe is no ordinary file, and it is not replaced"),
+        ("--compare --baseline other.safetensors --data single", "--compare needs some hundred pictures"),
         ("--html tiny.safetensors/found.html", "tiny.safetensors/found.html cannot be written"),
         ("--compare --html found.html", "--compare needs --baseline"),
         ("--html found.html --data nowhere", "nowhere"),
@@ -274,10 +285,41 @@ def test_two_models_of_one_file_name_are_told_apart(here):
 )
 def test_what_cannot_be_done_is_one_sentence_before_anything_is_measured(here, capsys, options, words):
     save_full_clip(random_clip(text_layers=1), "wide.safetensors")
+    labels_folder(here / "single", 1)
+    if os.name != "nt":
+        os.symlink("tiny.safetensors", "link.safetensors")
+        os.mkfifo("pipe")
+    before = {file: file.read_bytes() for file in here.rglob("*") if file.is_file()}
     assert main(["eval", "--model", "tiny.safetensors", "--data", "colours", *options.split()]) == 1
     said = capsys.readouterr()
     assert words in said.err and "\n" not in said.err.strip() and "Traceback" not in said.err
-    assert not said.out and not (here / "found.html").exists()
+    assert not said.out
+    assert before == {file: file.read_bytes() for file in here.rglob("*") if file.is_file()}
+
+
+def test_what_the_reader_of_a_data_set_said_is_told(here, capsys):
+    labels = json.loads((here / "colours/labels.json").read_text())
+    labels |= dict.fromkeys(list(labels)[:3], [])
+    (here / "colours/labels.json").write_text(json.dumps(labels))
+    (here / "colours/004.png").unlink()
+    assert main([*EVAL, "--data", "colours", "--html", "found.html"]) == 0
+    said, page = capsys.readouterr().err, read(here / "found.html").text
+    assert "colours: 9 pictures (labels.json holds captions)" in said
+    for words in ("3 pictures have no caption", "1 of the 9 pictures named in colours are not there"):
+        assert words in said and words in page
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes and file names are POSIX's here")
+def test_files_are_written_whoever_reads_what_is_printed(here):
+    broken = os.fsdecode(b"caf\xe9")
+    (here / "classes/red").rename(here / "classes" / broken)
+    command = [sys.executable, "-m", "clip_finetune.engine", *EVAL, "--data", "classes", "--json", "found.json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert "Traceback" not in said and process.returncode != 0
+    numbers = json.loads((here / "found.json").read_text())
+    assert broken in [entry["class"] for entry in numbers["models"][0]["details"]["zero_shot"]["per_class"]]
 
 
 def test_a_page_that_is_not_there_in_the_end_is_a_failure(here, monkeypatch):

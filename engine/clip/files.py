@@ -47,8 +47,10 @@ def write_compared(tensors: Mapping[str, Tensor], beside: Path, metadata: Mappin
 
 def write_text(path: str | os.PathLike, text: str) -> Path:
     """Write a small text file whole or not at all."""
-    with replacing(Path(path), len(text)) as beside:
-        beside.write_text(text, encoding="utf-8")
+    # Half a surrogate, out of a damaged file name, is written as JSON has it.
+    data = text.encode("utf-8", "backslashreplace")
+    with replacing(Path(path), len(data)) as beside:
+        beside.write_bytes(data)
     return Path(path)
 
 

@@ -39,6 +39,9 @@ _CLASSIFIERS: dict[str, Callable[[Path, Columns], tuple[str | None, str]]] = {
 }  # fmt: skip
 
 
+_DISPUTED = "{} pictures have rows that do not agree; their class is what most say, or each of those that as many say."
+
+
 class Source:
     """The files of a folder, or a single caption file (`single`), and what its caption files are."""
 
@@ -170,7 +173,7 @@ def _classes_reader(file: Path) -> Callable[[Path, Columns], tuple[dict[str, str
 
 
 def _rows(kind: str, reason: str, parts: Sequence[_Part]) -> Reading:
-    """One row a picture, also where several files tell of it."""
+    """One row a picture, also where several files tell of it; of several classes a row each."""
     by_start: dict[str, dict[str, str]] = {}
     for part in parts:
         rows = by_start.setdefault(part.start, part.found)
@@ -179,8 +182,12 @@ def _rows(kind: str, reason: str, parts: Sequence[_Part]) -> Reading:
         for name, text in part.found.items():
             both = name in rows and kind != "labels"
             rows[name] = in_lines([*rows[name].split("\n"), *text.split("\n")]) if both else rows.get(name, text)
-    names = [name for rows in by_start.values() for name in rows]
-    values = [value for rows in by_start.values() for value in rows.values()]
+
+    def each(value: str) -> Sequence[str]:
+        return value.split("\n") if kind == "labels" else (value,)
+
+    names = [name for rows in by_start.values() for name, value in rows.items() for _ in each(value)]
+    values = [one for rows in by_start.values() for value in rows.values() for one in each(value)]
     disputed = sum(part.disputed for part in parts)
     return Reading(
         format=kind,
@@ -188,8 +195,8 @@ def _rows(kind: str, reason: str, parts: Sequence[_Part]) -> Reading:
         names=names,
         captions=[""] * len(names) if kind == "labels" else values,
         classes=values if kind == "labels" else None,
-        origins=[start for start, rows in by_start.items() for _ in rows],
-        notes=[f"{disputed} pictures have rows that do not agree; their class is what most say."] if disputed else [],
+        origins=[start for start, rows in by_start.items() for value in rows.values() for _ in each(value)],
+        notes=[_DISPUTED.format(disputed)] if disputed else [],
     )
 
 

@@ -88,6 +88,14 @@ def read_captions(place: Path, kind: str = "auto", columns: Columns | None = Non
     raise UserError(_nothing_read(source.tree, refusals))
 
 
+def holds_captions(file: str | os.PathLike) -> bool:
+    """Whether a file is one that captions, or classes, can be read from."""
+    try:
+        return isinstance(read_file(Path(file), "auto", Columns()), Reading)
+    except UserError:
+        return False
+
+
 def _read_single(file: Path, kind: str, columns: Columns) -> Reading:
     reading = read_file(file, kind, columns)
     if isinstance(reading, str):

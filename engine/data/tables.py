@@ -109,7 +109,7 @@ def read_classes(file: Path, columns: Columns) -> tuple[dict[str, str], int]:
 
 def classes_of(rows: Iterable[tuple[str, str]]) -> tuple[dict[str, str], int]:
     """(a class by picture name, how many pictures have rows that do not agree): a picture of several rows has the class
-    that most of them say, or of these the first."""
+    that most of them say, or a line for each of those that as many say."""
     votes: dict[str, str | collections.Counter[str]] = {}
     agreeing: collections.Counter[str] = collections.Counter()  # further rows that say the same as the first
     for name, said in rows:
@@ -126,8 +126,13 @@ def classes_of(rows: Iterable[tuple[str, str]]) -> tuple[dict[str, str], int]:
         if isinstance(before, str):
             before = votes[name] = collections.Counter({before: 1 + agreeing.pop(name, 0)} if before else {})
         before[label] += 1
-    classes = {name: vote if isinstance(vote, str) else vote.most_common(1)[0][0] for name, vote in votes.items()}
+    classes = {name: vote if isinstance(vote, str) else "\n".join(_most_said(vote)) for name, vote in votes.items()}
     return classes, sum(not isinstance(vote, str) and len(vote) > 1 for vote in votes.values())
+
+
+def _most_said(votes: collections.Counter[str]) -> list[str]:
+    most = max(votes.values())
+    return sorted(label for label, count in votes.items() if count == most)
 
 
 def _rows(file: Path, columns: Columns) -> Iterator[tuple[Chosen, str, list[str]]]:

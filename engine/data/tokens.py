@@ -46,6 +46,10 @@ class Tokenizer:
         """True if the text's end does not fit in the context."""
         return len(encode(text)) > self.context_length - 2
 
+    def key(self, text: str) -> bytes:
+        """Equal for texts of equal tokens, such as Dog and dog."""
+        return self._cut(encode(text)).tobytes()
+
     def _cut(self, codes: numpy.ndarray) -> numpy.ndarray:
         room = self.context_length - 2
         if len(codes) <= room:

@@ -107,13 +107,14 @@ class Encoder:
     def texts(self, texts: Sequence[str]) -> Tensor:
         """float32 [n, d] on the CPU, each row of length 1; a text that comes twice is encoded once. Raises
         `BrokenModel`, as `images` does."""
-        distinct = dict.fromkeys(texts)
-        found = {text: row for text in distinct if (row := self.kept("text", text)) is not None}
-        fresh = [text for text in distinct if text not in found]
-        for text, row in zip(fresh, self._encoded_texts(fresh), strict=True):
-            self.keep(row, "text", text)
-            found[text] = row
-        return torch.stack([found[text] for text in texts])
+        keys = [self.tokenizer.key(text) for text in texts]
+        named = dict(zip(keys, texts, strict=True))
+        found = {key: row for key in named if (row := self.kept("text", key)) is not None}
+        fresh = [key for key in named if key not in found]
+        for key, row in zip(fresh, self._encoded_texts([named[key] for key in fresh]), strict=True):
+            self.keep(row, "text", key)
+            found[key] = row
+        return torch.stack([found[key] for key in keys])
 
     def passing_texts(self, texts: Sequence[str]) -> Tensor:
         """As `texts`, for such as are not asked for again."""
@@ -124,12 +125,18 @@ class Encoder:
         return torch.stack(list(self._encoded_texts(texts, unit=False)))
 
     def _encoded_texts(self, texts: Sequence[str], unit: bool = True) -> Iterator[Tensor]:
-        for start in range(0, len(texts), BATCH):
+        """A row for each text; of equal tokens, such as those of Dog and dog, the very same one."""
+        keys = [self.tokenizer.key(text) for text in texts]
+        distinct = list(dict(zip(keys, texts, strict=True)).items())
+        rows: dict[bytes, Tensor] = {}
+        for start in range(0, len(distinct), BATCH):
             self.check_cancelled()
-            tokens = cut_to_longest(self.tokenizer(texts[start : start + BATCH])).to(self.device)
+            named = dict(distinct[start : start + BATCH])
+            tokens = cut_to_longest(self.tokenizer(named.values())).to(self.device)
             with torch.no_grad(), self.autocast():
                 features = self.network.encode_text(tokens)
-            yield from _unit(features) if unit else _checked(features.float().cpu())
+            rows |= zip(named, _unit(features) if unit else _checked(features.float().cpu()), strict=True)
+        return (rows[key] for key in keys)
 
     def kept(self, *what: Hashable) -> Tensor | None:
         """A feature that was computed before with the same model."""

@@ -85,13 +85,19 @@ def retrieval_of(encoder: Encoder, dataset: ClipDataset, *, pictures: EncodedPic
         texts = {text for index in samples for text in dataset.training_captions(index)}
         relevant.append(sorted(numbers.setdefault(text, len(numbers)) for text in sorted(texts)))
     images, texts = pictures.features, encoder.texts(list(numbers))
+    notes = [*pictures.notes]
+    if cut := sum(map(encoder.tokenizer.truncated, numbers)):
+        notes.append(
+            f"{cut} of the {len(numbers)} captions are longer than the {encoder.tokenizer.context_length} tokens that "
+            "the model reads; it sees their beginnings."
+        )
     if encoder.device.type == "cuda":
         images, texts = images.to(encoder.device), texts.to(encoder.device)
     pairs = _Pairs.of(relevant, images.device)
     loss = _Loss(images, texts, pairs, float(encoder.network.logit_scale.detach().exp()))
     ranks = _Ranks(images, texts, pairs)
     _walk(images, texts, loss, ranks)
-    return RetrievalResult(len(images), len(texts), *ranks.recalls(), loss.mean(), pictures.notes)
+    return RetrievalResult(len(images), len(texts), *ranks.recalls(), loss.mean(), tuple(notes))
 
 
 def retrieval_metrics(
