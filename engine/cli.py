@@ -145,8 +145,9 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DIR")
     _add_captions(parser)
     parser.add_argument(
-        "--templates", choices=("openai-80", "simple", "none"), default="openai-80", help="default: openai-80"
-    )
+        "--templates", choices=("openai-80", "simple", "none"),
+        help="sentences that a class name is put into (default: openai-80; simple for words that are on the pictures)",
+    )  # fmt: skip
     parser.add_argument(
         "--protocol", choices=("whole set", "published"), default="whole set",
         help="published: also the share of pictures that know their label among the 48 of a shuffled batch, which was "

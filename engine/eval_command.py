@@ -99,7 +99,7 @@ def _write_page(arguments: argparse.Namespace, dataset: ClipDataset, results, at
     data["format"] = dataset.reason
     settings = {
         "models": ", ".join(arguments.model), "baseline": arguments.baseline or "none",
-        "templates": arguments.templates, "protocol": arguments.protocol,
+        "templates": arguments.templates or "default", "protocol": arguments.protocol,
     }  # fmt: skip
     attacked = ("", [])
     if attacks:
@@ -136,7 +136,7 @@ def _selfcheck(arguments: argparse.Namespace) -> int:
     from .clip.files import write_json
     from .data.cache import PictureCache, user_cache_folder
     from .evaluate.selfcheck import require_sets, selfcheck
-    from .evaluate.zero_shot import PROTOCOLS, TEMPLATES
+    from .evaluate.zero_shot import PROTOCOLS
 
     sets = {"imagenet": arguments.imagenet or os.environ.get("IMAGENET"),
             "coco": arguments.coco or os.environ.get("COCO")}  # fmt: skip
@@ -144,7 +144,7 @@ def _selfcheck(arguments: argparse.Namespace) -> int:
         raise UserError("--selfcheck takes one --model at most, and --imagenet and --coco instead of --data.")
     others = {"--html": arguments.html, "--baseline": arguments.baseline, "--compare": arguments.compare,
               "--typographic": arguments.typographic, "--protocol": arguments.protocol != PROTOCOLS[0],
-              "--templates": arguments.templates != TEMPLATES[0]}  # fmt: skip
+              "--templates": arguments.templates}  # fmt: skip
     if given := [flag for flag, value in others.items() if value]:
         raise UserError(f"--selfcheck measures what was published, and does nothing with {given[0]}; leave it out.")
     require_sets(**sets)

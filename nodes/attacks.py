@@ -7,7 +7,7 @@ from PIL import Image
 
 from ..engine.evaluate.attacks import CLEAN
 from ..engine.evaluate.ranking import rank_captions
-from ..engine.evaluate.together import percent
+from ..engine.evaluate.together import notes_of, percent
 from ..engine.evaluate.typographic import eval_typographic, sheet_heading, sheet_of
 from ..engine.report.attack_charts import attack_chart, ranking_chart
 from ..engine.report.charts import against_baseline
@@ -115,7 +115,8 @@ class RankCaptions(io.ComfyNode):
                     )
         mine = found["model"]
         order = mine.order
-        for note in (*mine.notes, *([f"{len(image)} images came; the first is ranked."] if len(image) > 1 else [])):
+        more = [f"{len(image)} images came; the first is ranked."] if len(image) > 1 else []
+        for note in (*notes_of(mine, found.get("baseline")), *more):
             display.say(note)
         first = mine.texts[order[0]]
         sentence = f"Nearest: “{first}” ({percent(mine.shares[order[0]])})"

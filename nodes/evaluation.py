@@ -11,7 +11,7 @@ from ..engine.data.cache import PictureCache
 from ..engine.evaluate.features import FeatureCache
 from ..engine.evaluate.intervals import difference_interval
 from ..engine.evaluate.retrieval import eval_retrieval
-from ..engine.evaluate.together import percent
+from ..engine.evaluate.together import notes_of, percent
 from ..engine.evaluate.zero_shot import PROTOCOLS, TEMPLATES, eval_zero_shot
 from ..engine.report.attack_charts import share_chart
 from ..engine.report.charts import against_baseline, bar_chart
@@ -55,7 +55,7 @@ def measure(cls, evaluate, full_clip, baseline):
                     model, device=host.device(), cache=cache, features=feature_cache(), on_progress=display.count,
                     check_cancelled=host.check_cancelled,
                 )  # fmt: skip
-    for note in results["model"].notes:
+    for note in notes_of(results["model"], results.get("baseline")):
         display.say(note)
     return results, display
 

@@ -24,6 +24,7 @@ from clip_finetune.engine.evaluate.coco import karpathy_test
 from clip_finetune.engine.evaluate.drawing import can_be_drawn, write_word
 from clip_finetune.engine.evaluate.ranking import rank_captions
 from clip_finetune.engine.evaluate.selfcheck import PUBLISHED, Figure, judge, selfcheck
+from clip_finetune.engine.evaluate.together import evaluate, notes_of, percent
 from clip_finetune.engine.evaluate.typographic import attacked_picture, fooled_apart
 from clip_finetune.engine.report.attack_charts import attack_chart, ranking_chart, share_chart
 
@@ -250,6 +251,73 @@ def test_a_table_names_no_picture_outside_its_folder(tmp_path):
     assert load_attacks(tmp_path / "set") is None
 
 
+def test_without_an_attacked_picture_there_is_no_figure_and_without_a_clean_word_no_share(model, tmp_path):
+    folder = scam_folder(tmp_path / "scam")
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for row in rows[:6]:
+        row["attack_word"] = ""
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = eval_typographic(model, load_attacks(folder))
+    assert found.kinds[CLEAN].object_over_word is None and found.kinds[SYNTHETIC].object_over_word is not None
+    assert found.as_dict()["kinds"][CLEAN]["object_over_word"] is None and percent(None) == "-"
+    for row in rows[6:]:
+        (folder / row["file_name"]).unlink()
+    for measure in (
+        lambda: eval_typographic(model, load_attacks(folder)),
+        lambda: evaluate([("model", model)], load_attacks(folder), typographic=True),
+    ):
+        with pytest.raises(UserError, match="None of the pictures of scam that have words on them can be opened; put"):
+            measure()
+
+
+def test_blank_lines_of_a_table_are_skipped_and_damage_is_told(tmp_path):
+    folder = scam_folder(tmp_path / "scam")
+    table, lines = folder / "metadata.jsonl", (folder / "metadata.jsonl").read_text().splitlines()
+    for text in ("\n" * 30 + "\n\n".join(lines), "\ufeff\n  \n" + "\n".join(lines) + "\n\n"):
+        table.write_text(text, encoding="utf-8")
+        assert len(attacks_in(load_attacks(folder))) == 18
+    for number, damaged in ((1, "{"), (1, "[" * 100_000), (3, lines[2][:-9]), (18, "12"), (2, "[1]")):
+        table.write_text("\n".join([*lines[: number - 1], damaged, *lines[number:]]))
+        with pytest.raises(UserError, match=rf"metadata.jsonl is damaged: line {number} is .*; mend that line"):
+            load_attacks(folder)
+    # Another file is none of ours, whatever is in it.
+    for text in ('{"text": "a"}\n{', "{\n" + '{"text": "a"}\n' + lines[0], "nonsense\n" * 30 + lines[0], "[" * 100_000):
+        table.write_text(text)
+        assert load_attacks(folder) is None
+    table.unlink()
+    rows = scam_folder(tmp_path / "csv", "t.csv") / "t.csv"
+    rows.write_text("\n \n" + rows.read_text())
+    assert len(load_attacks(tmp_path / "csv")) == 18
+
+
+def test_what_is_no_readable_table_ends_in_a_sentence_or_is_passed_over(tmp_path, ordinary_user):
+    folder = scam_folder(tmp_path / "scam")
+    (folder / "folder.csv").mkdir()
+    try:
+        (folder / "link.jsonl").symlink_to(folder / "nowhere.jsonl")
+    except OSError:  # Windows lets not everyone make links
+        pass
+    assert len(attacks_in(load_attacks(folder))) == 18
+    open_folder, as_user = ordinary_user
+    locked = open_folder / "locked"
+    scam_folder(locked)
+    (locked / "metadata.jsonl").chmod(0)
+    with as_user(), pytest.raises(UserError, match="metadata.jsonl cannot be read .*; make it readable or move it"):
+        load_attacks(locked)
+    locked.chmod(0)
+    with as_user():
+        assert load_attacks(locked) is None
+    locked.chmod(0o755)
+
+
+def test_classes_of_one_and_the_same_picture_leave_nothing_to_write(model, tmp_path):
+    for name in ("ant", "bee"):
+        (tmp_path / "same" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), "red").save(tmp_path / "same" / name / "1.png")
+    with pytest.raises(UserError, match="same belong to all of its classes at once.*put different pictures"):
+        eval_typographic(model, load_dataset(tmp_path / "same"))
+
+
 def test_the_command_attacks(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_full_clip(model, "tiny.safetensors")
@@ -290,7 +358,11 @@ def test_ranking_needs_a_text_and_tells_of_long_ones(model):
             rank_captions(model, picture, texts)
     with pytest.raises(UserError, match="at most 1000"):
         rank_captions(model, picture, [str(number) for number in range(1001)])
-    assert "longer than the model reads" in rank_captions(model, picture, ["word " * 100]).notes[0]
+    short, long = (rank_captions(model, picture, texts) for texts in (["one"], ["word " * 100]))
+    assert "longer than the model reads" in long.notes[0]
+    assert notes_of(long) == notes_of(long, long) == list(long.notes) and notes_of(short) == []
+    assert notes_of(short, long) == [f"Of the baseline: {long.notes[0]}"]
+    assert notes_of(long, short) == [f"Of the model: {long.notes[0]}"]
     for mode in ("L", "RGBA", "P"):
         assert rank_captions(model, Image.new(mode, (40, 40)), ["one"]).shares == (1.0,)
 
@@ -403,13 +475,16 @@ def test_only_the_test_part_of_karpathys_split_counts(model, tmp_path, file, pic
 
 def test_a_damaged_split_is_told_and_without_one_there_is_none(tmp_path):
     assert karpathy_test(tmp_path) is None
-    for text in ('{"images": [{"split": "test"}]}', "{", "[1]", '[{"image": "1.jpg", "caption": 7}]', "7"):
+    odd = ('{"image": "1.jpg", "caption": 7}', '{"image": ["a"], "caption": ["x"]}', '{"image": 12, "caption": ["x"]}')
+    for text in ('{"images": [{"split": "test"}]}', "{", "[1]", "7", "[" * 100_000, *(f"[{record}]" for record in odd)):
         (tmp_path / "dataset_coco.json").write_text(text)
         with pytest.raises(UserError, match="is not Karpathy's split of COCO .*; download it anew"):
             karpathy_test(tmp_path)
     (tmp_path / "dataset_coco.json").write_text('{"images": [{"split": "train"}]}')
     with pytest.raises(UserError, match="tells of no test picture"):
         karpathy_test(tmp_path)
+    (tmp_path / "dataset_coco.json").write_text('[{"image": "1.jpg", "caption": "a dog"}]')
+    assert list(karpathy_test(tmp_path).captions) == [("a dog",)]
 
 
 def test_the_self_check_on_the_command_line(model, sets, tmp_path, monkeypatch, capsys):
@@ -433,3 +508,6 @@ def test_the_self_check_on_the_command_line(model, sets, tmp_path, monkeypatch, 
     assert "published figures are not reached" in capsys.readouterr().out
     assert json.loads((tmp_path / "check.json").read_text())["passed"] is False
     assert main(["eval", "--model", "x"]) == 1 and "eval needs --model and --data" in capsys.readouterr().err
+    for more in (["--html", "x.html"], ["--baseline", "x"], ["--typographic"], ["--templates", "none"]):
+        assert main(["eval", "--selfcheck", *arguments, *more]) == 1
+        assert f"does nothing with {more[0]}; leave it out" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from clip_finetune.engine import (
     UserError,
     blend,
     build_network,
+    combine_datasets,
     export_text_encoder,
     load_dataset,
     load_full_clip,
@@ -31,13 +32,14 @@ from clip_finetune.engine import (
 )
 from clip_finetune.engine.clip.export import CLIP_G
 from clip_finetune.engine.clip.gmp import fold_gmp, weight_to_gmp
-from clip_finetune.engine.evaluate import features, geometry, gmp_form, sweep
+from clip_finetune.engine.evaluate import comparison, features, geometry, gmp_form, sweep
 from clip_finetune.engine.evaluate.calibration import (
     HIGHEST,
     best_scale,
     calibrate_logit_scale,
     calibration_error,
 )
+from clip_finetune.engine.evaluate.class_names import scored_by_classes
 from clip_finetune.engine.evaluate.comparison import DOUBTFUL, RUINED, SOUND, compare_full_clips, judge
 from clip_finetune.engine.evaluate.drift import (
     MOST_PROMPTS,
@@ -743,6 +745,50 @@ def test_a_model_is_calibrated_on_classes_and_on_pairs(planted, data):
     pairs = calibrate_logit_scale(baseline, data)
     assert pairs.images == pairs.answers == 20
     json.dumps(pairs.as_dict(), allow_nan=False)
+
+
+def test_what_decides_between_classes_and_captions(model, moved, data, tmp_path):
+    classes = load_dataset(class_folder(tmp_path / "classes"))
+    names = {f"{name}/{n}.png": [name] for name in classes.class_names for n in range(3)}
+    shutil.copytree(tmp_path / "classes", tmp_path / "named")
+    (tmp_path / "named/labels.json").write_text(json.dumps(names))
+    named, mixed = load_dataset(tmp_path / "named"), combine_datasets([data, classes])
+    assert not named.has_labels and mixed.has_labels
+    both = combine_datasets([named, classes])
+    assert [scored_by_classes(found) for found in (classes, named, data, mixed, both)] == [True, True] + [False] * 3
+    assert sweep.measure_of(mixed) == sweep.RETRIEVAL
+    assert calibrate_logit_scale(model, mixed).answers == 20 + 4
+    assert calibrate_logit_scale(model, named).best == calibrate_logit_scale(model, classes).best
+    found, plain = (blend_sweep(moved, model, chosen, steps=2, templates="simple") for chosen in (named, classes))
+    assert found.measure == plain.measure == sweep.ZERO_SHOT and found.points == plain.points
+    assert any("first captions of its pictures are taken for" in note for note in found.notes)
+    (tmp_path / "one").mkdir()
+    shutil.copytree(tmp_path / "classes/red", tmp_path / "one/red")
+    with pytest.raises(UserError, match="a single class"):
+        blend_sweep(moved, model, load_dataset(tmp_path / "one"), steps=2)
+    with pytest.raises(UserError, match="too few pictures with different texts"):
+        calibrate_logit_scale(model, load_dataset(tmp_path / "one"))
+
+
+def test_classes_called_by_wordnets_numbers_are_compared_by_their_names(model, moved, tmp_path, monkeypatch):
+    for number, (wnid, name) in enumerate([("n01440764", "tench"), ("n02123045", "tabby cat")]):
+        for folder in (f"numbers/{wnid}", f"names/{name}"):
+            (tmp_path / folder).mkdir(parents=True)
+            Image.new("RGB", (32, 32), (200 * number, 50, 50)).save(tmp_path / folder / "1.png")
+    found, plain = (compare_full_clips(moved, model, load_dataset(tmp_path / name)) for name in ("numbers", "names"))
+    assert found.model.separation == plain.model.separation
+    assert found.calibration_model.best == plain.calibration_model.best
+    assert sum("WordNet's numbers for names" in note for note in found.notes) == 1
+
+
+def test_what_is_said_of_the_baselines_calibration_is_kept(model, moved, data, monkeypatch):
+    told = iter([("Of one only.", "Of both."), ("Of both.",)])
+    calibrate = comparison.calibration_of
+    monkeypatch.setattr(
+        comparison, "calibration_of", lambda *given: dataclasses.replace(calibrate(*given), notes=next(told))
+    )
+    notes = compare_full_clips(moved, model, data).notes
+    assert "Of the baseline: Of one only." in notes and notes.count("Of both.") == 1
 
 
 # ---- size ------------------------------------------------------------------------------------------------------------

@@ -19,11 +19,13 @@ from clip_finetune.engine import (
     eval_zero_shot,
     load_dataset,
     load_full_clip,
+    save_full_clip,
     to_gmp,
 )
 from clip_finetune.engine.data.images import load_image, normalize
 from clip_finetune.engine.data.tokens import Tokenizer
 from clip_finetune.engine.evaluate import features, retrieval, zero_shot
+from clip_finetune.engine.evaluate.attacks import load_attacks
 from clip_finetune.engine.evaluate.class_names import with_classes
 from clip_finetune.engine.evaluate.features import Encoder, FeatureCache
 from clip_finetune.engine.evaluate.intervals import bootstrap_interval, difference_interval
@@ -400,6 +402,10 @@ def test_one_evaluation_encodes_each_picture_once(model, tmp_path, passes):
     passes.update(images=0, texts=0)
     evaluate([("model", model), ("baseline", random_clip(seed=4))], data, templates="none", typographic=True)
     assert passes["images"] == 2 * (12 + 12)  # clean, and with words
+    for templates in ("openai-80", "none"):
+        (result,) = evaluate([("model", random_clip(seed=4))], data, templates=templates, typographic=True)
+        assert result["typographic"]["accuracy_clean"] == result["zero_shot"]["top1"]
+        assert result["typographic"] == eval_typographic(random_clip(seed=4), data, templates=templates).as_dict()
 
 
 def test_evaluators_that_share_a_cache_encode_each_picture_and_text_once(model, tmp_path, passes):
@@ -430,6 +436,49 @@ def test_evaluators_that_share_a_cache_encode_each_picture_and_text_once(model, 
     assert passes["images"] == 37
     eval_zero_shot(model.derive({}, step="the same"), data, features=cache)
     assert passes["images"] == 37
+
+
+def test_texts_of_equal_tokens_have_the_same_bits_in_any_batch_and_out_of_the_cache(model):
+    from clip_finetune.engine.evaluate.features import Encoder, FeatureCache
+
+    encoder = Encoder.of(model, device="cpu", features=FeatureCache())
+    first = encoder.texts([*(f"thing {number}" for number in range(70)), "A Dog  on grass"])[-1]
+    assert torch.equal(encoder.texts(["a dog on grass"])[0], first)
+    rows = encoder.passing_texts(["Dog", *(f"a much longer text of number {number}" for number in range(70)), "dog"])
+    assert torch.equal(rows[0], rows[-1]) and not torch.equal(rows[0], rows[1])
+
+
+def test_the_short_set_is_the_default_for_words_that_are_on_the_pictures_alone(model, tmp_path):
+    drawn = load_dataset(class_folder(tmp_path / "drawn"))
+    (found,) = evaluate([("model", model)], drawn, typographic=True)
+    assert found["zero_shot"] == eval_zero_shot(model, drawn, templates="openai-80").as_dict()
+    assert found["typographic"] == eval_typographic(model, drawn, templates="openai-80").as_dict()
+    (tmp_path / "real").mkdir()
+    for number, file in enumerate(sorted((tmp_path / "drawn").rglob("*.png"))):
+        shutil.copy(file, tmp_path / "real" / f"label={file.parent.name}_text={'dog' if number % 2 else 'cup'}.png")
+    real = load_attacks(tmp_path / "real")
+    for templates in (None, "none"):
+        (found,) = evaluate([("model", model)], real, typographic=True, templates=templates)
+        expected = eval_typographic(model, real, templates=templates or "simple")
+        assert found["typographic"] == expected.as_dict() and "zero_shot" not in found
+
+
+def test_a_broken_model_among_several_is_named(model, tmp_path):
+    nothing = torch.full_like(model.state_dict["text_projection"], torch.nan)
+    broken = model.derive({"text_projection": nothing}, step="broken")
+    save_full_clip(broken, tmp_path / "broken.safetensors")
+    data = load_dataset(labels_folder(tmp_path / "colours", 4))
+    with pytest.raises(UserError, match="broken.safetensors: The model computes values that are not numbers"):
+        evaluate([("model", model), ("model", str(tmp_path / "broken.safetensors"))], data)
+
+
+def test_captions_that_are_cut_are_told(model, tmp_path):
+    folder = labels_folder(tmp_path / "colours", 3, captions=1)
+    labels = json.loads((folder / "labels.json").read_text())
+    labels["000.png"] = ["word " * 100]
+    (folder / "labels.json").write_text(json.dumps(labels))
+    notes = eval_retrieval(model, load_dataset(folder)).notes
+    assert any("1 of the 3 captions are longer than the 77 tokens that the model reads" in note for note in notes)
 
 
 def test_the_cache_knows_the_transform_and_the_activation(model, tmp_path, passes):

@@ -247,7 +247,8 @@ def test_eval_of_classes_tells_each_class(here):
         assert f"{name} 3 {share:.1%} {shares[1][name]:.1%}" in found.text
     assert "Accuracy under attack" in found.text
     models = (load_full_clip(f"{name}.safetensors") for name in ("other", "tiny"))
-    fooled = fooled_apart(*(eval_typographic(model, load_dataset("classes")) for model in models))
+    data = load_dataset("classes")
+    fooled = fooled_apart(*(eval_typographic(model, data, templates="openai-80") for model in models))
     assert fooled and "Pictures that fool one of the models and not the other" in found.text
     for mine, other in fooled:
         told = f"{mine.shows}, “{mine.word}” is written. Model: {mine.answer}. Baseline: {other.answer}."

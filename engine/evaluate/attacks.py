@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ..data.captions import Captions
@@ -28,6 +29,7 @@ _KINDS = {
 _RTA_NAME = re.compile(r"label=(.+)_text=(.+)\.\w+")
 _TABLES = (".csv", ".tsv", ".jsonl")
 _MOST_BYTES = 2**28
+_FIRST_LINES = 20  # of a JSONL, in which the first object is looked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ def load_attacks(folder: str | os.PathLike) -> ClipDataset | None:
     if not top.is_dir():
         return None
     tables = _in_tables(top)
-    named = [path for path in sorted(map(str, top.iterdir())) if _from_name(path)] if not tables else []
+    named = [path for path in sorted(map(str, top.glob("*"))) if _from_name(path)] if not tables else []
     paths = list(tables) or named
     if not paths:
         return None
@@ -84,7 +86,8 @@ def load_attacks(folder: str | os.PathLike) -> ClipDataset | None:
 def _in_tables(folder: Path) -> dict[str, WrittenOn]:
     """By the picture's path, of all tables in a folder that say which word is written on which picture."""
     found: dict[str, WrittenOn] = {}
-    for file in sorted(file for file in folder.glob("*") if file.suffix.lower() in _TABLES):
+    files = (file for file in folder.glob("*") if file.suffix.lower() in _TABLES and os.path.isfile(file))
+    for file in sorted(files):
         for row in _rows(file):
             lower = {str(key).strip().lower(): value for key, value in row.items()}
             picture, shows = _value(lower, _PICTURE), _value(lower, _OBJECT)
@@ -97,33 +100,44 @@ def _in_tables(folder: Path) -> dict[str, WrittenOn]:
 
 def _rows(file: Path) -> Iterator[Mapping[str, object]]:
     """Of a table that has a column with the words that are written; none of any other."""
-    if file.stat().st_size > _MOST_BYTES:
-        return
-    with open(file, encoding="utf-8-sig", errors="replace", newline="") as stream:
-        if file.suffix.lower() == ".jsonl":
-            yield from _json_rows(stream, file)
+    try:
+        if file.stat().st_size > _MOST_BYTES:
             return
-        reader = csv.DictReader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
-        try:
+        with open(file, encoding="utf-8-sig", errors="replace", newline="") as stream:
+            if file.suffix.lower() == ".jsonl":
+                yield from _json_rows(stream, file)
+                return
+            lines = itertools.dropwhile(lambda line: not line.strip(), stream)
+            reader = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
             if _has_words(reader.fieldnames or ()):
                 yield from reader
-        except csv.Error as error:
-            raise UserError(f"{file} is not a readable CSV ({error}); is a quotation mark missing?") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); make it readable or move it elsewhere.") from error
+    except csv.Error as error:
+        raise UserError(f"{file} is not a readable CSV ({error}); is a quotation mark missing?") from error
 
 
-def _json_rows(stream, file: Path) -> Iterator[Mapping[str, object]]:
-    for number, line in enumerate(stream, 1):
+def _json_rows(stream: Iterable[str], file: Path) -> Iterator[Mapping[str, object]]:
+    """The first object says whether it is such a table: only then is a line that is none an error."""
+    is_table, damage = False, ""
+    filled = ((number, line) for number, line in enumerate(stream, 1) if line.strip())
+    for place, (number, line) in enumerate(filled, 1):
         try:
             row = json.loads(line)
-        except ValueError as error:
-            if number > 1 and line.strip():
-                raise UserError(f"{file} is damaged: line {number} is not JSON ({one_line(error)}).") from error
-            row = None
-        if isinstance(row, Mapping):
-            if number == 1 and not _has_words(row):
+            said = "" if isinstance(row, Mapping) else "no object such as {…}"
+        except (ValueError, RecursionError) as error:
+            said = f"not JSON ({one_line(error)})"
+        if said:
+            damage = damage or f"line {number} is {said}"
+        elif not is_table:
+            if not _has_words(row):
                 return
+            is_table = True
+        if is_table and damage:
+            raise UserError(f"{file} is damaged: {damage}; mend that line or remove it.")
+        if is_table:
             yield row
-        elif number == 1:
+        elif place == _FIRST_LINES:
             return
 
 

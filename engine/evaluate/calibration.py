@@ -17,6 +17,7 @@ from ..clip.full_clip import FullCLIP
 from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset
 from ..errors import UserError
+from .class_names import scored_by_classes, with_classes, with_named_classes
 from .features import EncodedPictures, Encoder, FeatureCache, encode_pictures, require_pictures
 from .zero_shot import class_features, sentences_of
 
@@ -54,8 +55,8 @@ def calibrate_logit_scale(
     cache: PictureCache | None = None,
     features: FeatureCache | None = None,
 ) -> Calibration:
-    """The best `exp(logit_scale)` for a data set: over its classes if it has labels, else over its captions, the first
-    one of each picture. Raises `UserError` if there are not two answers at least."""
+    """The best `exp(logit_scale)` for a data set: over its classes if all of it has some, else over its captions, the
+    first one of each picture. Raises `UserError` if there are not two answers at least."""
     require_pictures(dataset)
     encoder = Encoder.of(
         full_clip, device=device, on_progress=on_progress, check_cancelled=check_cancelled, cache=cache,
@@ -66,19 +67,16 @@ def calibrate_logit_scale(
 
 def calibration_of(encoder: Encoder, dataset: ClipDataset, pictures: EncodedPictures) -> Calibration:
     """The same with a network that is already there and its pictures."""
-    labelled = len(dataset.class_names) > 1
-    if labelled:
-        rows, right = _classes(dataset, pictures)
-        answers = class_features(encoder, dataset.class_names, sentences_of("simple"))
-    else:
-        rows, right, captions = _captions(dataset, pictures)
-        answers = encoder.texts(captions)
-    if len(rows) < 2 or len(answers) < 2:
+    labelled = scored_by_classes(dataset)
+    dataset, told = with_classes(dataset) if labelled else with_named_classes(dataset)
+    rows, right, texts = _classes(dataset, pictures) if labelled else _captions(dataset, pictures)
+    if len(rows) < 2 or len(texts) < 2:
         raise UserError(f"{dataset.name} has too few pictures with different texts to calibrate on; take more.")
+    answers = class_features(encoder, texts, sentences_of("simple")) if labelled else encoder.texts(texts)
     cosines = pictures.features[rows].double() @ answers.double().T
     stored = encoder.network.logit_scale.detach().double().exp().item()
     best = best_scale(cosines, right)
-    notes = []
+    notes = [*told]
     if best in (LOWEST, HIGHEST):
         notes.append("The best temperature lies beyond all bounds: there are too few pictures to tell it.")
     return Calibration(
@@ -87,14 +85,14 @@ def calibration_of(encoder: Encoder, dataset: ClipDataset, pictures: EncodedPict
     )  # fmt: skip
 
 
-def _classes(dataset: ClipDataset, pictures: EncodedPictures) -> tuple[list[int], Tensor]:
-    """Rows of pictures that have a class, and right answers bool [rows, classes]."""
+def _classes(dataset: ClipDataset, pictures: EncodedPictures) -> tuple[list[int], Tensor, Sequence[str]]:
+    """Rows of pictures that have a class, right answers bool [rows, classes], and the classes."""
     labels = [sorted({dataset.labels[index] for index in samples} - {None}) for samples in pictures.samples]
     rows = _spread([row for row, found in enumerate(labels) if found], _MOST_LABELLED)
     right = torch.zeros(len(rows), len(dataset.class_names), dtype=torch.bool)
     for number, row in enumerate(rows):
         right[number, labels[row]] = True
-    return rows, right
+    return rows, right, dataset.class_names
 
 
 def _captions(dataset: ClipDataset, pictures: EncodedPictures) -> tuple[list[int], Tensor, list[str]]:

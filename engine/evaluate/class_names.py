@@ -34,9 +34,21 @@ def with_classes(dataset: ClipDataset) -> tuple[ClipDataset, tuple[str, ...]]:
     return dataset, tuple(notes)
 
 
+def with_named_classes(dataset: ClipDataset) -> tuple[ClipDataset, tuple[str, ...]]:
+    """The same for what is captioned by its classes: captions are not taken for classes."""
+    return with_classes(dataset) if dataset.class_names else (dataset, ())
+
+
 def has_classes(dataset: ClipDataset) -> bool:
     """Whether zero-shot accuracy can be measured on it."""
     return bool(dataset.class_names or _labelled_by_captions(dataset).class_names)
+
+
+def scored_by_classes(dataset: ClipDataset) -> bool:
+    """Whether a data set's one score is that of its classes, and not of its captions: of all samples that is, or there
+    are no captions."""
+    labelled = dataset if dataset.class_names else _labelled_by_captions(dataset)
+    return not dataset.has_captions or (len(labelled.class_names) > 1 and None not in labelled.labels)
 
 
 def _labelled_by_captions(dataset: ClipDataset) -> ClipDataset:

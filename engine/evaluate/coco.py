@@ -14,7 +14,7 @@ from pathlib import Path
 from ..data.captions import Captions
 from ..data.dataset import ClipDataset
 from ..data.texts import in_lines
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, shown
 
 TEST = "test"
 # Karpathy's own file of all parts, and the test part as BLIP has it: in the folder or in one of these in it.
@@ -59,11 +59,14 @@ def _test_pictures(file: Path) -> Iterator[tuple[str, str]]:
             found = json.load(stream)
         for record in found["images"] if isinstance(found, Mapping) else found:
             if not isinstance(found, Mapping):
-                yield record["image"], in_lines(record["caption"])
+                name, said = record["image"], record["caption"]
+                if not isinstance(name, str):
+                    raise TypeError(f"{shown(name)} is no picture's name")
+                yield name, in_lines([said] if isinstance(said, str) else said)
             elif record["split"] == TEST:
                 name = "/".join(filter(None, (record.get("filepath"), record["filename"])))
                 yield name, in_lines([sentence["raw"] for sentence in record["sentences"]])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is not Karpathy's split of COCO ({one_line(error)}); download it anew.") from error
 
 

@@ -28,6 +28,7 @@ from .drift import (
 )
 from .features import Encoder, FeatureCache, require_pictures
 from .geometry import Axes, Geometry, axes_of, embed, geometry_of
+from .together import notes_of
 
 # Provisional: chosen by reason, not yet held against pictures that people judged.
 COLLAPSED = 0.5  # of the baseline's effective rank, or separation, left: most of what told things apart is gone
@@ -197,6 +198,10 @@ def compare_full_clips(
             f"There are only {after.geometry.images} different pictures: of fewer than {FEW}, chance decides much."
         )
     conditioning = compare_states(after.states, before.states, full_clip.architecture, notes)
+    notes = [
+        *notes_of(after.geometry, before.geometry), *conditioning.notes,
+        *notes_of(after.calibration, before.calibration),
+    ]  # fmt: skip
     health, verdict = judge(before.geometry, after.geometry, weights, conditioning)
     return Comparison(
         baseline=before.geometry,
@@ -208,7 +213,7 @@ def compare_full_clips(
         axes=axes,
         health=health,
         verdict=verdict,
-        notes=tuple(dict.fromkeys((*after.geometry.notes, *conditioning.notes, *after.calibration.notes))),
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 

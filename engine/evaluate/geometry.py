@@ -17,6 +17,7 @@ from ..clip.full_clip import FullCLIP
 from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset
 from ..errors import UserError
+from .class_names import with_named_classes
 from .features import EncodedPictures, Encoder, FeatureCache, encode_pictures, require_pictures
 
 BINS = 400  # of the histograms of cosines, from -1 to 1
@@ -109,6 +110,7 @@ def embed(encoder: Encoder, dataset: ClipDataset) -> Embedded:
 
     Raises `UserError` if there are fewer than two of either.
     """
+    dataset, notes = with_named_classes(dataset)
     pictures = encode_pictures(encoder, dataset)
     numbers: dict[str, int] = {}
     relevant = []
@@ -120,6 +122,7 @@ def embed(encoder: Encoder, dataset: ClipDataset) -> Embedded:
             f"{dataset.name} has {len(relevant)} distinct pictures and {len(numbers)} distinct texts that can be used; "
             "two of each are needed at least, and some hundred are better: choose a larger data set."
         )
+    pictures = dataclasses.replace(pictures, notes=(*notes, *pictures.notes))
     return Embedded(pictures, encoder.texts(list(numbers)), relevant)
 
 

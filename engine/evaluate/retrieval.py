@@ -14,6 +14,7 @@ from ..clip.full_clip import FullCLIP
 from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset
 from ..errors import UserError
+from .class_names import with_named_classes
 from .features import EncodedPictures, Encoder, FeatureCache, encode_pictures, require_pictures
 
 KS = (1, 5, 10)
@@ -78,6 +79,7 @@ def retrieval_of(encoder: Encoder, dataset: ClipDataset, *, pictures: EncodedPic
     A caption that several pictures have is one text, and right for each of them; a picture that is there twice is one
     picture with the captions of both.
     """
+    dataset, told = with_named_classes(dataset)
     pictures = pictures or encode_pictures(encoder, dataset)
     numbers: dict[str, int] = {}
     relevant = []
@@ -85,7 +87,7 @@ def retrieval_of(encoder: Encoder, dataset: ClipDataset, *, pictures: EncodedPic
         texts = {text for index in samples for text in dataset.training_captions(index)}
         relevant.append(sorted(numbers.setdefault(text, len(numbers)) for text in sorted(texts)))
     images, texts = pictures.features, encoder.texts(list(numbers))
-    notes = [*pictures.notes]
+    notes = [*told, *pictures.notes]
     if cut := sum(map(encoder.tokenizer.truncated, numbers)):
         notes.append(
             f"{cut} of the {len(numbers)} captions are longer than the {encoder.tokenizer.context_length} tokens that "

@@ -15,6 +15,7 @@ from ..data.dataset import ClipDataset
 from ..errors import UserError
 from ..report.comparison_charts import sweep_chart
 from ..report.tables import table
+from .class_names import scored_by_classes
 from .drift import require_one_architecture
 from .features import FeatureCache, require_pictures
 from .retrieval import eval_retrieval
@@ -101,19 +102,21 @@ def blend_sweep(
     cache: PictureCache | None = None,
     features: FeatureCache | None = None,
 ) -> SweepResult:
-    """Measure `steps` blends, evenly spaced, on a data set and a general one: zero-shot accuracy where there are two
-    classes at least, else retrieval. Raises `UserError`, also for two architectures, and `BrokenModel`."""
+    """Measure `steps` blends, evenly spaced, on a data set and a general one: zero-shot accuracy where all samples
+    have classes (`scored_by_classes`), else retrieval. Raises `UserError`, also for two architectures, and
+    `BrokenModel`."""
     require_one_architecture(full_clip, baseline)
     if steps < 2:
         raise UserError(f"steps is {steps}; give 2 at least, for the baseline and the model.")
     sets = [dataset] if general is None else [dataset, general]
     for found in sets:
         require_pictures(found)
+    measures = [measure_of(found) for found in sets]
     passes, points, notes = steps * len(sets), [], {}
     for step in range(steps):
         alpha = step / (steps - 1)
         mixed, scores = blend(full_clip, baseline, alpha), []
-        for place, data in enumerate(sets):
+        for place, (data, measure) in enumerate(zip(sets, measures, strict=True)):
             done = step * len(sets) + place
 
             def count(pictures: int, total: int, done=done) -> None:
@@ -122,7 +125,7 @@ def blend_sweep(
             host = dict(device=device, on_progress=count, check_cancelled=check_cancelled, cache=cache)
             if mixed in (full_clip, baseline):  # what else is measured is measured once
                 host["features"] = features
-            score, more = _score(mixed, data, templates, host)
+            score, more = _score(mixed, data, measure, templates, host)
             scores.append(score)
             notes |= dict.fromkeys(more)
         points.append(Point(alpha, *scores))
@@ -131,8 +134,8 @@ def blend_sweep(
         points=tuple(points),
         alpha=alpha,
         best=blend(full_clip, baseline, alpha),
-        measure=measure_of(dataset),
-        general_measure=None if general is None else measure_of(general),
+        measure=measures[0],
+        general_measure=None if general is None else measures[1],
         rule=rule_in_words(dataset.name, None if general is None else general.name),
         notes=tuple(notes),
     )
@@ -143,11 +146,13 @@ def _scores(point: Point) -> str:
 
 
 def measure_of(dataset: ClipDataset) -> str:
-    return ZERO_SHOT if len(dataset.class_names) > 1 else RETRIEVAL
+    return ZERO_SHOT if scored_by_classes(dataset) else RETRIEVAL
 
 
-def _score(model: FullCLIP, dataset: ClipDataset, templates: str, host: dict[str, Any]) -> tuple[float, Sequence[str]]:
-    if measure_of(dataset) == ZERO_SHOT:
+def _score(
+    model: FullCLIP, dataset: ClipDataset, measure: str, templates: str, host: dict[str, Any]
+) -> tuple[float, Sequence[str]]:
+    if measure == ZERO_SHOT:
         found = eval_zero_shot(model, dataset, templates=templates, **host)
         return found.top1, found.notes
     found = eval_retrieval(model, dataset, **host)

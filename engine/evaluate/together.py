@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,17 +17,17 @@ from ..report.charts import against_baseline, bar_chart
 from ..report.tables import table
 from .attacks import attacks_in
 from .class_names import has_classes, with_classes
-from .features import Encoder, FeatureCache, encode_pictures, require_pictures
+from .features import BrokenModel, Encoder, FeatureCache, encode_pictures, require_pictures
 from .retrieval import retrieval_of
 from .typographic import TypographicResult, typographic_of
-from .zero_shot import require_classes, zero_shot_of
+from .zero_shot import TEMPLATES, require_classes, zero_shot_of
 
 
 def evaluate(
     models: Sequence[tuple[str, str | os.PathLike | FullCLIP]],
     dataset: ClipDataset,
     *,
-    templates: str = "openai-80",
+    templates: str | None = None,
     protocol: str = "whole set",
     typographic: bool = False,
     activation: str = "auto",
@@ -40,42 +41,53 @@ def evaluate(
     """The list under "models" of `eval --json`: zero-shot where the data set has labels, retrieval where captions, a
     typographic attack if it is asked for. A model encodes each picture once for all of them.
 
-    `models` are pairs of a name ("model" or "baseline") and a file, hub name or FullCLIP; `on_attack` gets the name and
-    what the attack brought, picture by picture.
+    `models` are pairs of a name ("model" or "baseline") and a file, hub name or FullCLIP. `templates` None are OpenAI's
+    80, but the short set for words that are on the pictures: SCAM has hundreds of names, and is published with one
+    sentence for each. `on_attack` gets the name and what the attack brought, picture by picture. Raises `UserError`.
     """
     require_pictures(dataset)
     results, told = [], set()
     labelled, attacked = has_classes(dataset), bool(typographic and attacks_in(dataset))
     if (labelled or typographic) and not attacked:
         require_classes(with_classes(dataset)[0])  # before a model is opened for nothing
+    templates = templates or ("simple" if attacked else TEMPLATES[0])
     for name, source in models:
         full_clip, file = source, None
         if not isinstance(source, FullCLIP):
             full_clip, file = load_full_clip(source, activation=activation, context_length=context_length), str(source)
-        result: dict[str, Any] = {"name": name, "file": file}
         encoder = Encoder.of(full_clip, device=device, cache=cache, features=features)
-        pictures = encode_pictures(encoder, dataset)
-        measured: list[tuple[str, Any]] = []
-        if labelled and not attacked:
-            how = {"templates": templates, "protocol": protocol}
-            measured.append(("zero_shot", zero_shot_of(encoder, dataset, pictures=pictures, **how)))
-            result["details"] = {"zero_shot": measured[-1][1].details()}
-        if dataset.has_captions and not attacked:
-            measured.append(("retrieval", retrieval_of(encoder, dataset, pictures=pictures)))
-        if typographic:
-            measured.append(("typographic", typographic_of(encoder, dataset, pictures=pictures)))
-            on_attack(name, measured[-1][1])
-        result["images"] = len(pictures.features)
-        for part, found in measured:
-            if part != "typographic":
-                result["images"] = found.images
-            result[part] = found.as_dict()
-            for note in (*full_clip.notes, *found.notes):
-                if note not in told:
-                    told.add(note)
-                    on_note(note)
-        results.append(result)
+        measured: dict[str, Any] = {}
+        with _naming(file):
+            pictures = encode_pictures(encoder, dataset)
+            if labelled and not attacked:
+                measured["zero_shot"] = zero_shot_of(
+                    encoder, dataset, templates=templates, protocol=protocol, pictures=pictures
+                )
+            if dataset.has_captions and not attacked:
+                measured["retrieval"] = retrieval_of(encoder, dataset, pictures=pictures)
+            if typographic:
+                measured["typographic"] = typographic_of(encoder, dataset, templates=templates, pictures=pictures)
+                on_attack(name, measured["typographic"])
+        counted = [found.images for part, found in measured.items() if part != "typographic"]
+        result: dict[str, Any] = {"name": name, "file": file}
+        if "zero_shot" in measured:
+            result["details"] = {"zero_shot": measured["zero_shot"].details()}
+        result["images"] = (counted or [len(pictures.features)])[-1]
+        results.append(result | {part: found.as_dict() for part, found in measured.items()})
+        for note in (note for found in measured.values() for note in (*full_clip.notes, *found.notes)):
+            if note not in told:
+                told.add(note)
+                on_note(note)
     return results
+
+
+@contextlib.contextmanager
+def _naming(file: str | None) -> Iterator[None]:
+    """Where several models are measured, a broken one is told by its file."""
+    try:
+        yield
+    except BrokenModel as error:
+        raise BrokenModel(f"{file}: {error}" if file else str(error)) from error
 
 
 def table_of(results: Sequence[dict[str, Any]]) -> str:
@@ -99,8 +111,7 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
                 row["1 of 48, not accuracy"] = percent(details["published_in_batch_share"])
         if "typographic" in result:
             found = result["typographic"]
-            clean = found["accuracy_clean"]
-            row |= {"clean": "-" if clean is None else percent(clean),
+            row |= {"clean": percent(found["accuracy_clean"]),
                     "under attack": percent(found["accuracy_under_attack"]),
                     "word wins": percent(found["word_wins"])}  # fmt: skip
         if "retrieval" in result:
@@ -163,5 +174,14 @@ def names_of(results: Sequence[dict[str, Any]]) -> list[str]:
     return names
 
 
-def percent(share: float) -> str:
-    return f"{share:.1%}"
+def notes_of(model: Any, baseline: Any = None) -> list[str]:
+    """The `notes` of what was measured, each once; of two models, what only one of them has says which."""
+    mine, theirs = model.notes, (baseline or model).notes
+    return [
+        note if note in mine and note in theirs else f"Of the {'model' if note in mine else 'baseline'}: {note}"
+        for note in dict.fromkeys((*mine, *theirs))
+    ]
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"

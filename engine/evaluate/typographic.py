@@ -53,12 +53,12 @@ class Attacked:
 @dataclasses.dataclass(frozen=True)
 class Shares:
     """Of the pictures of one kind: how many are right among all names, how many the written word wins, and how many are
-    right where only the object and its word are to choose from, as SCAM is published."""
+    right where only the object and its word are to choose from, as SCAM is published (None where no word is known)."""
 
     images: int
     accuracy: float
     word_wins: float
-    object_over_word: float
+    object_over_word: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +148,11 @@ def _real(
     known = [row for row, index in enumerate(found) if index is not None]
     indices = [found[row] for row in known]
     told = [written[index] for index in indices]
+    if not any(about.kind != CLEAN and about.word for about in told):
+        raise UserError(
+            f"None of the pictures of {dataset.name} that have words on them can be opened; put them where its table "
+            "says that they are."
+        )
     right = torch.zeros(len(known), len(names), dtype=torch.bool)
     words = torch.full((len(known),), -1)
     for row, about in enumerate(told):
@@ -179,6 +184,11 @@ def _drawn(
     right = right_classes(dataset, pictures.samples)
     require_labelled(right, dataset)
     rows = (right.any(1) & ~right.all(1)).nonzero().flatten().tolist()
+    if not rows:
+        raise UserError(
+            f"The pictures of {dataset.name} belong to all of its classes at once, so there is no other class to write "
+            "on them; put different pictures into its classes."
+        )
     firsts = [pictures.samples[row][0] for row in rows]
     keys = [min(dataset.names[index] for index in pictures.samples[row]) for row in rows]
     words = [_word(right[row], drawable, f"{seed} {key} word") for row, key in zip(rows, keys, strict=True)]
@@ -272,13 +282,14 @@ def _result(
 
 def _shares(rows: Tensor, answers: _Answers, has_word: Tensor) -> Shares:
     def share(values: Tensor) -> float:
-        return values.double().mean().item() if len(values) else 0.0
+        return values.double().mean().item()
 
+    worded = rows & has_word
     return Shares(
         images=int(rows.sum()),
         accuracy=share(answers.right[rows]),
         word_wins=share(answers.word_first[rows]),
-        object_over_word=share(answers.over_word[rows & has_word]),
+        object_over_word=share(answers.over_word[worded]) if worded.any() else None,
     )
 
 
