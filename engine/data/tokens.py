@@ -36,7 +36,7 @@ class Tokenizer:
         self.context_length = context_length
 
     def __call__(self, texts: Iterable[str]) -> Tensor:
-        rows = [self._cut(encode(text)) for text in texts]
+        rows = [self._cut(_codes(text)) for text in texts]
         tokens = numpy.zeros((len(rows), self.context_length), dtype=numpy.int64)
         for row, codes in zip(tokens, rows, strict=True):
             row[0], row[1 : len(codes) + 1], row[len(codes) + 1] = START, codes, END
@@ -44,11 +44,11 @@ class Tokenizer:
 
     def truncated(self, text: str) -> bool:
         """True if the text's end does not fit in the context."""
-        return len(encode(text)) > self.context_length - 2
+        return len(_codes(text)) > self.context_length - 2
 
     def key(self, text: str) -> bytes:
         """Equal for texts of equal tokens, such as Dog and dog."""
-        return self._cut(encode(text)).tobytes()
+        return self._cut(_codes(text)).tobytes()
 
     def _cut(self, codes: numpy.ndarray) -> numpy.ndarray:
         room = self.context_length - 2
@@ -66,8 +66,13 @@ def cut_to_longest(tokens: Tensor, multiple: int = 1) -> Tensor:
     return tokens[:, : -(-longest // multiple) * multiple]
 
 
-def encode(text: str) -> numpy.ndarray:
-    """The tokens of a text, or of the beginning of a very long one, without start and end: uint16 [n]."""
+def encode(text: str) -> list[int]:
+    """The tokens of a text, or of the beginning of a very long one, without start and end."""
+    return _codes(text).tolist()
+
+
+def _codes(text: str) -> numpy.ndarray:
+    """The same, uint16 [n]."""
     return numpy.frombuffer(_encoded(text[:_MOST_LETTERS]), dtype=numpy.uint16)
 
 
