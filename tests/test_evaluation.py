@@ -12,8 +12,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 from clip_finetune.engine import (
+    TrainConfig,
     UserError,
     build_network,
+    combine_datasets,
     eval_retrieval,
     eval_typographic,
     eval_zero_shot,
@@ -21,6 +23,7 @@ from clip_finetune.engine import (
     load_full_clip,
     save_full_clip,
     to_gmp,
+    train,
 )
 from clip_finetune.engine.data.images import load_image, normalize
 from clip_finetune.engine.data.tokens import Tokenizer
@@ -463,6 +466,39 @@ def test_the_short_set_is_the_default_for_words_that_are_on_the_pictures_alone(m
         assert found["typographic"] == expected.as_dict() and "zero_shot" not in found
 
 
+def numbered_and_named(tmp_path):
+    """The same pictures, half of them captioned, the others in class folders that have WordNet's numbers, or names."""
+    found = []
+    captioned = load_dataset(labels_folder(tmp_path / "captioned", 4))
+    for kind, folders in (("numbers", ("n01440764", "n02123045")), ("names", ("tench", "tabby cat"))):
+        for number, folder in enumerate(folders):
+            (tmp_path / kind / folder).mkdir(parents=True)
+            Image.new("RGB", (32, 32), (200 * number, 50, 50)).save(tmp_path / kind / folder / "1.png")
+        found.append(combine_datasets([captioned, load_dataset(tmp_path / kind)]))
+    return found
+
+
+def test_classes_called_by_wordnets_numbers_are_searched_for_by_their_names(model, tmp_path):
+    numbered, named = numbered_and_named(tmp_path)
+    found, expected = eval_retrieval(model, numbered), eval_retrieval(model, named)
+    assert (found.image_to_text, found.text_to_image) == (expected.image_to_text, expected.text_to_image)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert any("WordNet's numbers for names" in note for note in found.notes)
+    (together,) = evaluate([("model", model)], numbered, templates="none")
+    assert together["retrieval"] == found.as_dict()
+
+
+def test_a_training_measures_the_captions_that_it_trains_on_whatever_its_classes_are_called(model, tmp_path):
+    for number, folder in enumerate(("n00000001", "n00000002", "n00000003")):  # WordNet has no such thing
+        (tmp_path / "classes" / folder).mkdir(parents=True)
+        for copy in range(2):
+            Image.new("RGB", (32, 32), (80 * number, 50 * copy, 50)).save(tmp_path / f"classes/{folder}/{copy}.png")
+    data = load_dataset(tmp_path / "classes")
+    config = TrainConfig(epochs=1, batch_size=3, precision="fp32")
+    result = train(model, data, data, config, run_folder=tmp_path / "run", device="cpu")
+    assert len(result.validations) > 1
+
+
 def test_a_broken_model_among_several_is_named(model, tmp_path):
     nothing = torch.full_like(model.state_dict["text_projection"], torch.nan)
     broken = model.derive({"text_projection": nothing}, step="broken")
@@ -513,8 +549,6 @@ def test_the_cache_is_bounded_and_what_was_asked_for_last_stays():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(a model that has learnt to tell noisy colours apart, 400 pictures of which it knows most)."""
-    from clip_finetune.engine import TrainConfig, train
-
     top = tmp_path_factory.mktemp("trained")
     noise = numpy.random.default_rng(0)
     for part, count in (("train", 24), ("test", 100)):

@@ -65,11 +65,13 @@ def eval_retrieval(
             f"{dataset.name} has class folders but no captions, so retrieval cannot be measured on it; measure "
             "zero-shot accuracy instead."
         )
+    dataset, told = with_named_classes(dataset)
     encoder = Encoder.of(
         full_clip, device=device, on_progress=on_progress, check_cancelled=check_cancelled, cache=cache,
         features=features,
     )  # fmt: skip
-    return retrieval_of(encoder, dataset)
+    found = retrieval_of(encoder, dataset)
+    return dataclasses.replace(found, notes=(*told, *found.notes))
 
 
 def retrieval_of(encoder: Encoder, dataset: ClipDataset, *, pictures: EncodedPictures | None = None) -> RetrievalResult:
@@ -79,7 +81,6 @@ def retrieval_of(encoder: Encoder, dataset: ClipDataset, *, pictures: EncodedPic
     A caption that several pictures have is one text, and right for each of them; a picture that is there twice is one
     picture with the captions of both.
     """
-    dataset, told = with_named_classes(dataset)
     pictures = pictures or encode_pictures(encoder, dataset)
     numbers: dict[str, int] = {}
     relevant = []
@@ -87,7 +88,7 @@ def retrieval_of(encoder: Encoder, dataset: ClipDataset, *, pictures: EncodedPic
         texts = {text for index in samples for text in dataset.training_captions(index)}
         relevant.append(sorted(numbers.setdefault(text, len(numbers)) for text in sorted(texts)))
     images, texts = pictures.features, encoder.texts(list(numbers))
-    notes = [*told, *pictures.notes]
+    notes = [*pictures.notes]
     if cut := sum(map(encoder.tokenizer.truncated, numbers)):
         notes.append(
             f"{cut} of the {len(numbers)} captions are longer than the {encoder.tokenizer.context_length} tokens that "

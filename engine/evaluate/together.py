@@ -16,7 +16,7 @@ from ..report.attack_charts import share_chart
 from ..report.charts import against_baseline, bar_chart
 from ..report.tables import table
 from .attacks import attacks_in
-from .class_names import has_classes, with_classes
+from .class_names import has_classes, with_classes, with_named_classes
 from .features import BrokenModel, Encoder, FeatureCache, encode_pictures, require_pictures
 from .retrieval import retrieval_of
 from .typographic import TypographicResult, typographic_of
@@ -64,7 +64,7 @@ def evaluate(
                     encoder, dataset, templates=templates, protocol=protocol, pictures=pictures
                 )
             if dataset.has_captions and not attacked:
-                measured["retrieval"] = retrieval_of(encoder, dataset, pictures=pictures)
+                measured["retrieval"] = retrieval_of(encoder, with_named_classes(dataset)[0], pictures=pictures)
             if typographic:
                 measured["typographic"] = typographic_of(encoder, dataset, templates=templates, pictures=pictures)
                 on_attack(name, measured["typographic"])
