@@ -460,6 +460,7 @@ def test_only_the_test_part_of_karpathys_split_counts(model, tmp_path, file, pic
     for number in (*test, *rest):
         (top / pictures.format(number)).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), tuple(chance.choices(range(256), k=3))).save(top / pictures.format(number))
+    (top / pictures.format(100)).with_suffix(".json").write_text("{}")  # what lies beside a picture is none
     _karpathy(top, top / file, test, rest)
     found = karpathy_test(top)
     assert [tuple(map(str.strip, captions)) for captions in test.values()] == list(found.captions)

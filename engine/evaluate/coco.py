@@ -5,6 +5,7 @@ Karpathy and Fei-Fei 2015, "Deep visual-semantic alignments for generating image
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -13,7 +14,9 @@ from pathlib import Path
 
 from ..data.captions import Captions
 from ..data.dataset import ClipDataset
+from ..data.places import files_in
 from ..data.texts import in_lines
+from ..data.tree import is_picture
 from ..errors import UserError, one_line, shown
 
 TEST = "test"
@@ -73,13 +76,11 @@ def _test_pictures(file: Path) -> Iterator[tuple[str, str]]:
 def _by_number(top: Path) -> dict[str, str]:
     """Names, from COCO's folder, of its pictures by their numbers."""
     found: dict[str, str] = {}
-    for images in ("", "images"):
-        for part in _PICTURE_FOLDERS:
-            folder = os.path.join(images, part)
-            if os.path.isdir(top / folder):
-                for name in os.listdir(top / folder):
-                    if number := _number(name):
-                        found.setdefault(number, os.path.join(folder, name).replace(os.sep, "/"))
+    for images, part in itertools.product(("", "images"), _PICTURE_FOLDERS):
+        folder = os.path.join(images, part)
+        for name in sorted(filter(is_picture, files_in(str(top / folder)))):
+            if number := _number(name):
+                found.setdefault(number, os.path.join(folder, name).replace(os.sep, "/"))
     return found
 
 
