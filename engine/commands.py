@@ -41,8 +41,7 @@ def require_writable(path: str, *others: str | None) -> None:
     """Before anything is measured for nothing: raise `UserError` where a file cannot be written, or would take the
     place of one of the `others`, of captions, or of what is no ordinary file."""
     if os.path.isdir(path):
-        name = f"report{Path(path).suffix or '.json'}"
-        raise UserError(f"{path} is a folder; give the name of a file, such as {os.path.join(path, name)}.")
+        raise UserError(f"{path} is a folder; give the name of a file.")
     if os.path.lexists(path) and not os.path.isfile(path):
         raise UserError(f"{path} is no ordinary file, and it is not replaced; give another name.")
     above = Path(os.path.abspath(path)).parent

@@ -38,7 +38,6 @@ _CLASSIFIERS: dict[str, Callable[[Path, Columns], tuple[str | None, str]]] = {
     ".tsv": tables.kind_of_table, ".txt": tables.kind_of_table, ".parquet": parquet.kind_of_parquet,
 }  # fmt: skip
 
-
 _DISPUTED = "{} pictures have rows that do not agree; their class is what most say, or each of those that as many say."
 
 
