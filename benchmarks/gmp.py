@@ -19,7 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from clip_finetune.engine.bench import ARCHITECTURES, OurStep, machine, random_batch
+from clip_finetune.engine.bench import machine
+from clip_finetune.engine.bench_contenders import OurStep
+from clip_finetune.engine.bench_work import ARCHITECTURES, random_batch
 from clip_finetune.engine.clip.full_clip import FullCLIP
 from clip_finetune.engine.clip.gmp import to_gmp
 from clip_finetune.engine.clip.network import build_network, random_full_clip

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from clip_finetune.engine.bench import ARCHITECTURES, machine, random_batch
-from clip_finetune.engine.bench_work import most_allocated
+from clip_finetune.engine.bench import machine
+from clip_finetune.engine.bench_work import ARCHITECTURES, most_allocated, random_batch
 from clip_finetune.engine.clip.gmp import to_gmp
 from clip_finetune.engine.clip.network import random_full_clip
 from clip_finetune.engine.errors import UserError

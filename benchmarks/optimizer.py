@@ -21,7 +21,7 @@ import torch
 from adabelief_pytorch import AdaBelief
 from torch import nn
 
-from clip_finetune.engine.bench import ARCHITECTURES
+from clip_finetune.engine.bench_work import ARCHITECTURES
 from clip_finetune.engine.train.adabelief import ChunkedAdaBelief
 
 LIBRARY, CHUNKED, IN_TRAINING = "adabelief-pytorch", "in chunks", "in chunks, as in a training"

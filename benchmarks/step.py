@@ -32,7 +32,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clip_finetune.engine.bench import Contender, OurStep, Result, Work, machine, measure, our_contenders, peers
+from clip_finetune.engine.bench import Result, machine, measure
+from clip_finetune.engine.bench_contenders import Contender, OurStep, our_contenders, peers
+from clip_finetune.engine.bench_work import Work
 from clip_finetune.engine.clip.full_clip import FullCLIP
 from clip_finetune.engine.data.images import normalize
 from clip_finetune.engine.data.loader import Batch

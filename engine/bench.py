@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from .bench_contenders import Contender, OurStep, open_clip_network, our_contenders, peers
-from .bench_work import ARCHITECTURES, Work, flop_per_pair, our_loss, random_batch
+from .bench_contenders import Contender, our_contenders, peers
+from .bench_work import Work, flop_per_pair, our_loss, random_batch
 from .clip.architecture import Architecture
 from .clip.full_clip import FullCLIP
 from .clip.network import random_full_clip
@@ -31,23 +31,6 @@ from .errors import UserError
 from .report.tables import table
 from .train.compute import DTYPES, resolve_device, resolve_precision
 from .train.optimizers import forget_steps
-
-# Some of it is here only for `benchmarks/`, which measures more by these means, and for the tests.
-__all__ = [
-    "ARCHITECTURES",
-    "Contender",
-    "OurStep",
-    "Result",
-    "Work",
-    "bench",
-    "flop_per_pair",
-    "machine",
-    "measure",
-    "open_clip_network",
-    "our_contenders",
-    "peers",
-    "random_batch",
-]
 
 # With it a new process loads its libraries, before its memory is measured.
 _WARM_UP = Architecture(

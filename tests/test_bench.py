@@ -10,6 +10,8 @@ from clips import TINY, random_clip
 from torch.utils.flop_counter import FlopCounterMode
 
 from clip_finetune.engine import bench, save_full_clip, to_gmp
+from clip_finetune.engine.bench_contenders import Contender, OurStep, open_clip_network
+from clip_finetune.engine.bench_work import ARCHITECTURES, flop_per_pair, random_batch
 from clip_finetune.engine.cli import main
 from clip_finetune.engine.data.images import normalize
 from clip_finetune.engine.errors import UserError
@@ -52,7 +54,7 @@ def test_the_command_gives_a_table_and_the_same_numbers_as_json(tmp_path, capsys
 
 
 def test_a_contender_that_does_other_work_stops_it():
-    contender = bench.Contender("another", "fp32", bench.OurStep)
+    contender = Contender("another", "fp32", OurStep)
     bench._check_loss(contender, 2.0, {"infonce": 2.00005})
     for loss in (2.01, math.nan):
         with pytest.raises(UserError, match="^The loss of another .*its speed says nothing.$"):
@@ -62,7 +64,7 @@ def test_a_contender_that_does_other_work_stops_it():
 @pytest.mark.parametrize("sizes", [{}, {"image_size": 48, "embed_dim": 24, "text_mlp_width": 128}])
 def test_flop_are_those_that_torch_counts_in_open_clips_forward(sizes):
     model = random_clip(dataclasses.replace(TINY, **sizes))
-    network, batch = bench.open_clip_network(model), bench.random_batch(model.architecture, 3)
+    network, batch = open_clip_network(model), random_batch(model.architecture, 3)
     images = normalize(batch.images)
     for tower, run in (
         ("vision", lambda: network.encode_image(images)),
@@ -71,16 +73,16 @@ def test_flop_are_those_that_torch_counts_in_open_clips_forward(sizes):
         with FlopCounterMode(display=False) as counted, torch.no_grad():
             with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
                 run()
-        assert bench.flop_per_pair(model.architecture, (tower,)) == 3 * counted.get_total_flops() / 3, tower
+        assert flop_per_pair(model.architecture, (tower,)) == 3 * counted.get_total_flops() / 3, tower
 
 
 def test_flop_of_known_models():
     """526 GFLOP a trained pair for ViT-L/14, as is published in other words: 175.3 in the forward pass."""
-    assert bench.flop_per_pair(bench.ARCHITECTURES["ViT-L-14"]) == pytest.approx(526e9, rel=2e-3)
+    assert flop_per_pair(ARCHITECTURES["ViT-L-14"]) == pytest.approx(526e9, rel=2e-3)
 
 
 def test_captions_end_with_the_end_token_and_differ():
-    batch = bench.random_batch(TINY, 6)
+    batch = random_batch(TINY, 6)
     ends = batch.tokens.argmax(dim=1)
     assert (batch.tokens[:, 0] == 49406).all() and (batch.tokens.max(dim=1).values == 49407).all()
     assert all((row[end + 1 :] == 0).all() and (row[: end + 1] > 0).all()

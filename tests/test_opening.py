@@ -15,7 +15,7 @@ from clips import VIT_L_14, random_clip
 from safetensors.torch import load_file, save_file
 
 from clip_finetune.engine import UserError, build_network, load_full_clip, merge_text_encoder, save_full_clip, to_gmp
-from clip_finetune.engine.bench import open_clip_network
+from clip_finetune.engine.bench_contenders import open_clip_network
 from clip_finetune.engine.clip import names
 from clip_finetune.engine.clip.export import text_encoder_state_dict
 from clip_finetune.engine.clip.files import same_bits
