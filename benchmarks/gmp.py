@@ -19,19 +19,19 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from clip_finetune.engine.bench import machine
-from clip_finetune.engine.bench_contenders import OurStep
-from clip_finetune.engine.bench_work import ARCHITECTURES, random_batch
+from clip_finetune.engine.bench.contenders import OurStep
+from clip_finetune.engine.bench.measure import machine
+from clip_finetune.engine.bench.work import ARCHITECTURES, random_batch
 from clip_finetune.engine.clip.full_clip import FullCLIP
 from clip_finetune.engine.clip.gmp import to_gmp
 from clip_finetune.engine.clip.network import build_network, random_full_clip
-from clip_finetune.engine.data.images import normalize
+from clip_finetune.engine.data.images.decoding import normalize
 from clip_finetune.engine.data.loader import Batch
-from clip_finetune.engine.data.tokens import cut_to_longest
-from clip_finetune.engine.train.compute import resolve_device, resolve_precision
+from clip_finetune.engine.data.tokenizer import cut_to_longest
 from clip_finetune.engine.train.config import TrainConfig
+from clip_finetune.engine.train.device import resolve_device, resolve_precision
 from clip_finetune.engine.train.losses import LOSSES
-from clip_finetune.engine.train.optimizers import build_optimizer, forget_steps, parameter_groups
+from clip_finetune.engine.train.optim.factory import build_optimizer, parameter_groups, undo_steps
 
 Step = Callable[[Batch], Tensor]
 PLAIN, FOLDED, OLD = "plain", "GmP, folded once a step", "GmP, normalised in every forward"
@@ -64,7 +64,7 @@ def take_turns(steps: Mapping[str, Step], batch: Batch, rounds: int, device: tor
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
-        forget_steps(step.optimizer, -PAST_RECTIFICATION)
+        undo_steps(step.optimizer, -PAST_RECTIFICATION)
     for _ in range(rounds):
         for name, step in steps.items():
             began = clock()
@@ -94,8 +94,9 @@ def main(arguments: Sequence[str]) -> None:
     print(f"| step | dtype | batch | {unit} | ÷ plain | first loss |\n|---|---|---|---|---|---|")
     for name, seconds in spent.items():
         share = statistics.median(own / plain for own, plain in zip(seconds, spent[PLAIN], strict=True))
-        print(f"| {name} | {precision} | {pairs} | {statistics.median(seconds):.2f} | {share:.2f} | "
-              f"{losses[name]:.5f} |")  # fmt: skip
+        print(
+            f"| {name} | {precision} | {pairs} | {statistics.median(seconds):.2f} | {share:.2f} | {losses[name]:.5f} |"
+        )
 
 
 if __name__ == "__main__":

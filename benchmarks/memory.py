@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from clip_finetune.engine.bench import machine
-from clip_finetune.engine.bench_work import ARCHITECTURES, most_allocated, random_batch
+from clip_finetune.engine.bench.measure import machine
+from clip_finetune.engine.bench.work import ARCHITECTURES, most_allocated, random_batch
 from clip_finetune.engine.clip.gmp import to_gmp
 from clip_finetune.engine.clip.network import random_full_clip
 from clip_finetune.engine.errors import UserError
-from clip_finetune.engine.train.compute import resolve_device, resolve_precision
 from clip_finetune.engine.train.config import TrainConfig
+from clip_finetune.engine.train.device import resolve_device, resolve_precision
 from clip_finetune.engine.train.memory import forecast, require_memory
 from clip_finetune.engine.train.step import TrainingStep
 
@@ -60,9 +60,14 @@ def main(arguments: Sequence[str]) -> None:
         config = TrainConfig(batch_size=pairs, **settings)
         told = ", ".join(f"{key} {value}" for key, value in settings.items()) or "default"
         work = TrainingStep(
-            to_gmp(model) if config.gmp else model, config, device=device, precision=precision, batch_size=pairs,
-            total_steps=10, say=print,
-        )  # fmt: skip
+            to_gmp(model) if config.gmp else model,
+            config,
+            device=device,
+            precision=precision,
+            batch_size=pairs,
+            total_steps=10,
+            say=print,
+        )
         batch = random_batch(model.architecture, pairs)
         length = work.cut(batch.tokens).shape[1]
         try:
@@ -75,8 +80,11 @@ def main(arguments: Sequence[str]) -> None:
         found = forecast(work, pairs, work.micro_batch, length)
         fixed = found.weights + found.optimizer
         taken = fixed + most_allocated(lambda work=work, batch=batch: work(batch, 1), device)
-        print(f"| {told} | {pairs} | {work.micro_batch} | {found.peak / 1e9:.2f} | {taken / 1e9:.2f} | "
-              f"{taken / found.peak:.3f} |", flush=True)  # fmt: skip
+        print(
+            f"| {told} | {pairs} | {work.micro_batch} | {found.peak / 1e9:.2f} | {taken / 1e9:.2f} | "
+            f"{taken / found.peak:.3f} |",
+            flush=True,
+        )
         del work, batch
         if card:
             torch.cuda.empty_cache()

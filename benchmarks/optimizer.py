@@ -21,15 +21,20 @@ import torch
 from adabelief_pytorch import AdaBelief
 from torch import nn
 
-from clip_finetune.engine.bench_work import ARCHITECTURES
-from clip_finetune.engine.train.adabelief import ChunkedAdaBelief
+from clip_finetune.engine.bench.work import ARCHITECTURES
+from clip_finetune.engine.train.optim.adabelief import ChunkedAdaBelief
 
 LIBRARY, CHUNKED, IN_TRAINING = "adabelief-pytorch", "in chunks", "in chunks, as in a training"
 KERNEL = "Triton kernel, as in a training"
 SETTINGS = dict(
-    lr=1e-3, betas=(0.9, 0.999), eps=1e-16, weight_decay=0.01, weight_decouple=True, rectify=True,
+    lr=1e-3,
+    betas=(0.9, 0.999),
+    eps=1e-16,
+    weight_decay=0.01,
+    weight_decouple=True,
+    rectify=True,
     print_change_log=False,
-)  # fmt: skip
+)
 
 
 def optimizer_of(kind: type[AdaBelief], weights: Sequence[torch.Tensor]) -> AdaBelief:
@@ -45,10 +50,10 @@ def same_bits(one: AdaBelief, other: AdaBelief) -> bool:
     """Of all weights and of both moments."""
     pairs = zip(parameters(one), parameters(other), strict=True)
     return all(
-        torch.equal(a, b) and all(torch.equal(one.state[a][name], other.state[b][name])
-                                  for name in ("exp_avg", "exp_avg_var"))
+        torch.equal(a, b)
+        and all(torch.equal(one.state[a][name], other.state[b][name]) for name in ("exp_avg", "exp_avg_var"))
         for a, b in pairs
-    )  # fmt: skip
+    )
 
 
 def seconds_of(step: Callable[[], None], device: str) -> float:
@@ -91,8 +96,10 @@ def main(arguments: Sequence[str]) -> None:
         for name, optimizer in sides.items():
             spent[name].append(seconds_of(optimizer.step, device))
     values = sum(gradient.numel() for gradient in gradients)
-    print(f"{model}: {len(gradients)} tensors, {values / 1e6:.0f} million values, {steps} steps, one thread, "
-          f"torch {torch.__version__}{'' if device == 'cpu' else ', ' + torch.cuda.get_device_name()}\n")  # fmt: skip
+    print(
+        f"{model}: {len(gradients)} tensors, {values / 1e6:.0f} million values, {steps} steps, one thread, "
+        f"torch {torch.__version__}{'' if device == 'cpu' else ', ' + torch.cuda.get_device_name()}\n"
+    )
     unit, factor = ("CPU-s", 1) if device == "cpu" else ("ms", 1e3)
     print(f"| AdaBelief | {unit} a step | ÷ adabelief-pytorch | bits |\n|---|---|---|---|")
     rectified = slice(min(6, steps - 1), None)  # what nearly all steps are

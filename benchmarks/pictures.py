@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from clip_finetune.engine.data.cache import PictureCache
 from clip_finetune.engine.data.dataset import load_dataset
-from clip_finetune.engine.data.kept_features import KeptFeatures
+from clip_finetune.engine.data.feature_cache import FeatureCache
+from clip_finetune.engine.data.images.image_cache import ImageCache
+from clip_finetune.engine.data.images.transforms import Transform
 from clip_finetune.engine.data.loader import THREADS, Pictures, TrainLoader
-from clip_finetune.engine.data.tokens import Tokenizer
-from clip_finetune.engine.data.transform import Transform
+from clip_finetune.engine.data.tokenizer import Tokenizer
 
 SIZE = 224
 ROUNDS, SECONDS = 5, 0.6
@@ -67,7 +67,7 @@ def cold(folder: Path, photograph: Path | None) -> None:
         source.resize((side, side * 3 // 4), Image.Resampling.BICUBIC).save(file, quality=90)
         sides: dict[str, Callable[[], torch.Tensor]] = {"Pillow": functools.partial(pillow_alone, file)}
         for name in ("exact", "fast"):
-            sides[name] = functools.partial(Transform(image_size=SIZE, resize=name).load, file)
+            sides[name] = functools.partial(Transform(image_size=SIZE, resize_backend=name).load, file)
         found = rates(sides)
         cells = [
             f"{side} × {side * 3 // 4} ({file.stat().st_size // 1000})",
@@ -101,7 +101,7 @@ def from_the_cache(folder: Path) -> None:
         picture.save(place / f"{index:05}.jpg", quality=80)
         labels[f"{index:05}.jpg"] = f"a picture with the number {index}"
     (place / "labels.json").write_text(json.dumps(labels))
-    cache = PictureCache(folder / "cache", say=print)
+    cache = ImageCache(folder / "cache", say=print)
     loader = TrainLoader(load_dataset(place), SIZE, Tokenizer(77), batch, 0, cache=cache)
     batches, steps = loader.iterate(), count // batch
     spent = []
@@ -112,8 +112,10 @@ def from_the_cache(folder: Path) -> None:
         spent.append(time.perf_counter() - began)
     loader.close()
     cache.close()
-    print(f"\nWhole batches of {batch} at {SIZE} px, {THREADS} threads: {count / spent[0]:,.0f} pictures/s decoded "
-          f"(exact), {count / min(spent[1:]):,.0f} pictures/s from the cache")  # fmt: skip
+    print(
+        f"\nWhole batches of {batch} at {SIZE} px, {THREADS} threads: {count / spent[0]:,.0f} pictures/s decoded "
+        f"(exact), {count / min(spent[1:]):,.0f} pictures/s from the cache"
+    )
 
 
 def of_any_number(folder: Path) -> None:
@@ -164,7 +166,7 @@ def with_kept_features(folder: Path) -> None:
     labels = {f"{index:05}/../0.jpg": f"a picture with the number {index}" for index in range(count)}
     (place / "labels.json").write_text(json.dumps(labels))
     dataset = load_dataset(place)
-    kept = KeptFeatures(dataset, Transform(image_size=SIZE), (768,), torch.bfloat16, "benchmark")
+    kept = FeatureCache(dataset, Transform(image_size=SIZE), (768,), torch.bfloat16, "benchmark")
     for index in range(count):
         kept.put(index, 0, torch.zeros(768))
     loader = TrainLoader(dataset, SIZE, Tokenizer(77), batch, 0, kept=kept)
@@ -177,15 +179,19 @@ def with_kept_features(folder: Path) -> None:
         spent.append(time.perf_counter() - began)
     loader.close()
     first, later = (rounds * batch / seconds for seconds in (spent[0], min(spent[1:])))
-    print(f"\nBatches of {batch} with kept features: {first:,.0f} pairs/s while texts become tokens, {later:,.0f} from "
-          "the second epoch on")  # fmt: skip
+    print(
+        f"\nBatches of {batch} with kept features: {first:,.0f} pairs/s while texts become tokens, {later:,.0f} from "
+        "the second epoch on"
+    )
 
 
 def main(arguments: Sequence[str]) -> None:
     photograph = Path(arguments[0]) if arguments else None
     capability = torch.backends.cpu.get_cpu_capability()
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {capability}, Python "
-          f"{platform.python_version()}, torch {torch.__version__}, Pillow {Image.__version__}")  # fmt: skip
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {capability}, Python "
+        f"{platform.python_version()}, torch {torch.__version__}, Pillow {Image.__version__}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         of_any_number(Path(folder))
         cold(Path(folder), photograph)

@@ -32,13 +32,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clip_finetune.engine.bench import Result, machine, measure
-from clip_finetune.engine.bench_contenders import Contender, OurStep, our_contenders, peers
-from clip_finetune.engine.bench_work import Work
+from clip_finetune.engine.bench.contenders import Contender, OurStep, our_contenders, peers
+from clip_finetune.engine.bench.measure import Result, machine, measure
+from clip_finetune.engine.bench.work import Work
 from clip_finetune.engine.clip.full_clip import FullCLIP
-from clip_finetune.engine.data.images import normalize
+from clip_finetune.engine.data.images.decoding import normalize
 from clip_finetune.engine.data.loader import Batch
-from clip_finetune.engine.train.compute import resolve_device, resolve_precision
+from clip_finetune.engine.train.device import resolve_device, resolve_precision
 
 SCRIPT = "exp-ft-B-GmP-finetune-OpenAI-ViT-L-14.py"
 _REPLACED = {"model", "dataset1", "concatenated_dataset", "train_dataloader", "val_dataset", "val_dataloader"}

@@ -1,16 +1,16 @@
 """CLIP fine-tuning without ComfyUI: open, train, fold, export, merge, blend and evaluate."""
 
 from .clip.blend import blend
-from .clip.export import export_text_encoder, export_vision_encoder
+from .clip.exports import export_text_encoder, export_vision_encoder
 from .clip.full_clip import FullCLIP, load_full_clip, save_full_clip
 from .clip.gmp import fold_gmp, to_gmp
 from .clip.huggingface import save_huggingface
-from .clip.long_clip import stretch_context
 from .clip.lora import export_lora
 from .clip.merge import merge_text_encoder, merge_vision_encoder, transplant_tower
 from .clip.network import build_network
-from .data.convert import convert_captions
+from .clip.variants.long_clip import stretch_context
 from .data.dataset import ClipDataset, combine_datasets, load_dataset, split_dataset
+from .data.tools.convert import convert_captions
 from .errors import UserError
 from .evaluate.calibration import calibrate_logit_scale
 from .evaluate.comparison import compare_full_clips
@@ -20,10 +20,10 @@ from .evaluate.gmp_form import gmp_form
 from .evaluate.ranking import rank_captions
 from .evaluate.retrieval import eval_retrieval
 from .evaluate.sweep import blend_sweep
-from .evaluate.typographic import eval_typographic
+from .evaluate.typographic.attack import eval_typographic
 from .evaluate.zero_shot import eval_zero_shot
 from .train.config import TrainConfig
-from .train.results import TrainResult
+from .train.run.results import TrainResult
 
 # Last, and eagerly: importing the package `train` binds its name here, and this line rebinds it to the function.
 from .train.trainer import train

@@ -2,13 +2,13 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import attacks, comparison, dataset, evaluation, exports, host, models, pictures, training
+from . import attacks, comparison, dataset, evaluation, exports, host, images, models, training
 
 NODES = [
     *models.NODES,
     *exports.NODES,
     *dataset.NODES,
-    *pictures.NODES,
+    *images.NODES,
     *training.NODES,
     *evaluation.NODES,
     *attacks.NODES,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ..engine.evaluate.attacks import CLEAN
 from ..engine.evaluate.ranking import rank_captions
-from ..engine.evaluate.together import notes_of, percent
-from ..engine.evaluate.typographic import eval_typographic, sheet_heading, sheet_of
+from ..engine.evaluate.suite import notes_of, percent
+from ..engine.evaluate.typographic.attack import eval_typographic, sheet_heading, sheet_of
+from ..engine.evaluate.typographic.photographed import CLEAN
 from ..engine.report.attack_charts import attack_chart, ranking_chart
 from ..engine.report.charts import against_baseline
 from ..engine.report.tables import table
@@ -28,20 +28,29 @@ class EvalTypographic(io.ComfyNode):
             "class written on them, and how often it believes the word; or the same on pictures that people wrote on.",
             search_aliases=["typographic attack", "SCAM", "robustness"],
             inputs=evaluation_inputs(
-                io.Int.Input("seed", default=0, min=0, max=2**53, control_after_generate=False, optional=True,
-                             tooltip="Which words are drawn, where, and in which fonts and colours."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**53,
+                    control_after_generate=False,
+                    optional=True,
+                    tooltip="Which words are drawn, where, and in which fonts and colours.",
+                ),
             ),
             outputs=evaluation_outputs("accuracy_under_attack"),
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, full_clip, dataset, baseline=None, seed=0):
         results, display = measure(
-            cls, lambda model, **host_calls: eval_typographic(model, dataset, seed=seed, **host_calls), full_clip,
+            cls,
+            lambda model, **host_calls: eval_typographic(model, dataset, seed=seed, **host_calls),
+            full_clip,
             baseline,
-        )  # fmt: skip
+        )
         model, before = results["model"], results.get("baseline")
         sentence = against_baseline(
             "Accuracy under attack", model.accuracy_under_attack, before and before.accuracy_under_attack
@@ -92,14 +101,15 @@ class RankCaptions(io.ComfyNode):
             inputs=[
                 FullClip.Input("full_clip"),
                 io.Image.Input("image", tooltip="The first image of a batch is ranked."),
-                io.String.Input("texts", default="a photo of a cat\na photo of a dog", multiline=True,
-                                tooltip="One text a line."),
+                io.String.Input(
+                    "texts", default="a photo of a cat\na photo of a dog", multiline=True, tooltip="One text a line."
+                ),
                 FullClip.Input("baseline", optional=True, tooltip="The model to compare with, such as the original."),
             ],
             outputs=[io.Image.Output(display_name="chart"), io.String.Output(display_name="table")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, full_clip, image, texts, baseline=None):
@@ -126,11 +136,12 @@ class RankCaptions(io.ComfyNode):
         display.say(f"{sentence}.")
         chart = host.image_tensor(
             ranking_chart(
-                picture, [mine.texts[place] for place in order],
+                picture,
+                [mine.texts[place] for place in order],
                 {name: [ranking.shares[place] for place in order] for name, ranking in found.items()},
                 {name: [ranking.cosines[place] for place in order] for name, ranking in found.items()},
             )
-        )  # fmt: skip
+        )
         return io.NodeOutput(chart, _ranking_table(found, order), ui=ui.PreviewImage(chart, cls=cls))
 
 
@@ -139,15 +150,20 @@ def _pil(array):
 
 
 def _ranking_table(found, order):
-    return table([
-        {"text": found["model"].texts[place]}
-        | {
-            f"{name} {what}": value
-            for name, ranking in found.items()
-            for what, value in (("share", percent(ranking.shares[place])), ("cosine", f"{ranking.cosines[place]:.4f}"))
-        }
-        for place in order
-    ])  # fmt: skip
+    return table(
+        [
+            {"text": found["model"].texts[place]}
+            | {
+                f"{name} {what}": value
+                for name, ranking in found.items()
+                for what, value in (
+                    ("share", percent(ranking.shares[place])),
+                    ("cosine", f"{ranking.cosines[place]:.4f}"),
+                )
+            }
+            for place in order
+        ]
+    )
 
 
 NODES = [EvalTypographic, RankCaptions]

@@ -7,7 +7,7 @@ import contextlib
 from comfy_api.latest import io, ui
 
 from ..engine.clip.blend import blend
-from ..engine.data.cache import PictureCache
+from ..engine.data.images.image_cache import ImageCache
 from ..engine.evaluate.comparison import compare_full_clips
 from ..engine.evaluate.drift import PROMPTS
 from ..engine.evaluate.gmp_form import gmp_form
@@ -34,7 +34,10 @@ class CompareFullCLIP(io.ComfyNode):
                 FullClip.Input("baseline", tooltip=_BASELINE_TOOLTIP),
                 Dataset.Input("dataset", tooltip="Pictures that were not trained on, some hundred at least."),
                 io.String.Input(
-                    "prompts", default="", multiline=True, optional=True,
+                    "prompts",
+                    default="",
+                    multiline=True,
+                    optional=True,
                     tooltip="What you ask image models for, one prompt a line, to see how far their conditioning has "
                     "moved. Empty: a list of common ones.",
                 ),
@@ -42,7 +45,7 @@ class CompareFullCLIP(io.ComfyNode):
             outputs=[io.String.Output(display_name="table"), io.Image.Output(display_name="chart")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, full_clip, baseline, dataset, prompts=""):
@@ -77,9 +80,12 @@ class PlotGmP(io.ComfyNode):
         display = host.Display(cls.hidden.unique_id)
         with host.whole_device():
             found = gmp_form(
-                full_clip, baseline, device=host.device(), on_progress=display.count,
+                full_clip,
+                baseline,
+                device=host.device(),
+                on_progress=display.count,
                 check_cancelled=host.check_cancelled,
-            )  # fmt: skip
+            )
         display.conclude(found.sentence, *found.notes)
         chart = host.image_tensor(found.chart())
         return io.NodeOutput(chart, ui=ui.PreviewImage(chart, cls=cls))
@@ -99,13 +105,18 @@ class BlendFullCLIP(io.ComfyNode):
                 FullClip.Input("full_clip"),
                 FullClip.Input("baseline", tooltip=_BASELINE_TOOLTIP),
                 io.Float.Input(
-                    "alpha", default=0.5, min=0.0, max=2.0, step=0.05, optional=True,
+                    "alpha",
+                    default=0.5,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    optional=True,
                     tooltip="1 is full_clip, 0 is baseline, 0.5 half of each. Above 1 goes further than the training.",
                 ),
             ],
             outputs=[FullClip.Output(display_name="full_clip")],
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, full_clip, baseline, alpha=0.5):
@@ -126,13 +137,26 @@ class BlendSweep(io.ComfyNode):
                 FullClip.Input("full_clip"),
                 FullClip.Input("baseline", tooltip=_BASELINE_TOOLTIP),
                 Dataset.Input("dataset", tooltip="What the model was trained for: validation pictures."),
-                Dataset.Input("general", optional=True,
-                              tooltip="What the model must not forget: labelled pictures of other things."),
-                io.Int.Input("steps", default=11, min=2, max=101, optional=True, advanced=True,
-                             tooltip="How many blends are measured, evenly spaced; 11 is every tenth."),
+                Dataset.Input(
+                    "general",
+                    optional=True,
+                    tooltip="What the model must not forget: labelled pictures of other things.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=11,
+                    min=2,
+                    max=101,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How many blends are measured, evenly spaced; 11 is every tenth.",
+                ),
                 io.Combo.Input(
-                    "templates", options=[name for name in TEMPLATES if name != "custom"], default="openai-80",
-                    optional=True, advanced=True,
+                    "templates",
+                    options=[name for name in TEMPLATES if name != "custom"],
+                    default="openai-80",
+                    optional=True,
+                    advanced=True,
                     tooltip="Sentences that a class name is put into, for labelled pictures. simple is much faster "
                     "where there are many classes.",
                 ),
@@ -144,7 +168,7 @@ class BlendSweep(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, full_clip, baseline, dataset, general=None, steps=11, templates="openai-80"):
@@ -159,7 +183,7 @@ class BlendSweep(io.ComfyNode):
 def _measuring(cls):
     """(a display, what engine functions want of the host), while ComfyUI's own models are off the device."""
     display = host.Display(cls.hidden.unique_id)
-    cache = PictureCache(host.picture_cache_folder(), say=display.say)
+    cache = ImageCache(host.image_cache_folder(), say=display.say)
     with host.whole_device(), contextlib.closing(cache):
         yield (
             display,

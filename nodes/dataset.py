@@ -8,11 +8,11 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from ..engine.data.caption_files import coco_file_beside
-from ..engine.data.captions import FORMATS
-from ..engine.data.convert import TARGETS, convert_captions
 from ..engine.data.dataset import combine_datasets, load_dataset, split_dataset
 from ..engine.data.from_images import dataset_from_images
+from ..engine.data.readers.caption_files import coco_file_beside
+from ..engine.data.readers.registry import FORMATS
+from ..engine.data.tools.convert import TARGETS, convert_captions
 from ..engine.errors import UserError
 from . import host
 from .sockets import CATEGORY, Dataset
@@ -24,13 +24,21 @@ _MOST_DATASETS = 32
 
 def _column_inputs():
     return [
-        io.String.Input("image_column", default="", optional=True, advanced=True,
-                        tooltip="Of a table: the column with the pictures' names. Empty: it is recognised."),
         io.String.Input(
-            "caption_column", default="", optional=True, advanced=True,
+            "image_column",
+            default="",
+            optional=True,
+            advanced=True,
+            tooltip="Of a table: the column with the pictures' names. Empty: it is recognised.",
+        ),
+        io.String.Input(
+            "caption_column",
+            default="",
+            optional=True,
+            advanced=True,
             tooltip="Of a table: the column with captions, or several, separated by commas. Empty: it is recognised.",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _open(folder, captions, image_column, caption_column):
@@ -58,19 +66,32 @@ class LoadCLIPDataset(io.ComfyNode):
             search_aliases=["captions", "training images", "kohya", "coco"],
             inputs=[
                 io.Combo.Input("folder", options=host.list_datasets(), tooltip=_FOLDER_TOOLTIP),
-                io.Combo.Input("captions", options=list(FORMATS), default="auto", optional=True,
-                               tooltip=_CAPTIONS_TOOLTIP),
+                io.Combo.Input(
+                    "captions", options=list(FORMATS), default="auto", optional=True, tooltip=_CAPTIONS_TOOLTIP
+                ),
                 io.Float.Input(
-                    "validation_split", default=0.1, min=0.0, max=0.9, step=0.01, optional=True,
+                    "validation_split",
+                    default=0.1,
+                    min=0.0,
+                    max=0.9,
+                    step=0.01,
+                    optional=True,
                     tooltip="The share of the pictures that is kept from training, to measure on.",
                 ),
-                io.Int.Input("seed", default=0, min=0, max=2**53, control_after_generate=False, optional=True,
-                             tooltip="Which pictures are kept for validation."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**53,
+                    control_after_generate=False,
+                    optional=True,
+                    tooltip="Which pictures are kept for validation.",
+                ),
                 *_column_inputs(),
             ],
             outputs=[Dataset.Output(display_name="train"), Dataset.Output(display_name="validation")],
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def fingerprint_inputs(cls, folder, **widgets):
@@ -100,17 +121,22 @@ class CLIPDatasetFromImages(io.ComfyNode):
             is_input_list=True,
             inputs=[
                 io.Image.Input("images", tooltip="A list of images, or a batch."),
-                io.String.Input("captions", force_input=True,
-                                tooltip="A text for each image, or for each batch; every line in it is a caption."),
+                io.String.Input(
+                    "captions",
+                    force_input=True,
+                    tooltip="A text for each image, or for each batch; every line in it is a caption.",
+                ),
             ],
             outputs=[Dataset.Output(display_name="dataset")],
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, images, captions):
         display = host.Display(cls.hidden.unique_id)
-        dataset = dataset_from_images(_pictures(images, display), _texts(images, captions), host.pictures_folder())
+        dataset = dataset_from_images(
+            _pictures(images, display), _texts(images, captions), host.prepared_images_folder()
+        )
         display.say(f"{len(dataset)} pictures with captions.")
         for note in dataset.notes:
             display.say(note)
@@ -151,14 +177,16 @@ class CombineCLIPDatasets(io.ComfyNode):
                     tooltip="Another input appears for each that is connected.",
                 ),
                 io.String.Input(
-                    "weights", default="", optional=True,
+                    "weights",
+                    default="",
+                    optional=True,
                     tooltip="How often the pictures of each data set come beside those of the others, such as 2, 1. "
                     "Empty: all equally often.",
                 ),
             ],
             outputs=[Dataset.Output(display_name="dataset")],
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, datasets: io.Autogrow.Type, weights=""):
@@ -190,18 +218,26 @@ class ConvertCLIPCaptions(io.ComfyNode):
             inputs=[
                 io.Combo.Input("folder", options=host.list_datasets(), tooltip=_FOLDER_TOOLTIP),
                 io.Combo.Input(
-                    "to", options=list(TARGETS), default="sidecar",
+                    "to",
+                    options=list(TARGETS),
+                    default="sidecar",
                     tooltip="json: a labels JSON. sidecar: a text file beside each picture. kohya: meta_cap.json. "
                     "metadata: Hugging Face's metadata.jsonl. csv: image,caption. coco: COCO's captions.",
                 ),
-                io.Combo.Input("captions", options=list(FORMATS), default="auto", optional=True, advanced=True,
-                               tooltip=_CAPTIONS_TOOLTIP),
+                io.Combo.Input(
+                    "captions",
+                    options=list(FORMATS),
+                    default="auto",
+                    optional=True,
+                    advanced=True,
+                    tooltip=_CAPTIONS_TOOLTIP,
+                ),
                 *_column_inputs(),
             ],
             outputs=[io.String.Output(display_name="folder")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def fingerprint_inputs(cls, folder, **widgets):

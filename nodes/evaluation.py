@@ -7,11 +7,11 @@ import functools
 
 from comfy_api.latest import io, ui
 
-from ..engine.data.cache import PictureCache
-from ..engine.evaluate.features import FeatureCache
+from ..engine.data.images.image_cache import ImageCache
+from ..engine.evaluate.encoder import EncodingCache
 from ..engine.evaluate.intervals import difference_interval
 from ..engine.evaluate.retrieval import eval_retrieval
-from ..engine.evaluate.together import notes_of, percent
+from ..engine.evaluate.suite import notes_of, percent
 from ..engine.evaluate.zero_shot import PROTOCOLS, TEMPLATES, eval_zero_shot
 from ..engine.report.attack_charts import share_chart
 from ..engine.report.charts import against_baseline, bar_chart
@@ -21,9 +21,9 @@ from .sockets import CATEGORY, Dataset, FullClip
 
 
 @functools.cache
-def feature_cache() -> FeatureCache:
+def feature_cache() -> EncodingCache:
     """What evaluations computed since ComfyUI started: a model encodes a picture once, whatever measures it."""
-    return FeatureCache()
+    return EncodingCache()
 
 
 def evaluation_inputs(*more):
@@ -47,14 +47,18 @@ def measure(cls, evaluate, full_clip, baseline):
     """{"model": result} and, where there is one, {"baseline": result}, with progress and notes shown."""
     display = host.Display(cls.hidden.unique_id)
     results = {}
-    cache = PictureCache(host.picture_cache_folder(), say=display.say)
+    cache = ImageCache(host.image_cache_folder(), say=display.say)
     with host.whole_device(), contextlib.closing(cache):
         for name, model in (("baseline", baseline), ("model", full_clip)):
             if model is not None:
                 results[name] = evaluate(
-                    model, device=host.device(), cache=cache, features=feature_cache(), on_progress=display.count,
+                    model,
+                    device=host.device(),
+                    cache=cache,
+                    features=feature_cache(),
+                    on_progress=display.count,
                     check_cancelled=host.check_cancelled,
-                )  # fmt: skip
+                )
     for note in notes_of(results["model"], results.get("baseline")):
         display.say(note)
     return results, display
@@ -88,15 +92,25 @@ class EvalZeroShot(io.ComfyNode):
             "right class by its name alone.",
             inputs=evaluation_inputs(
                 io.Combo.Input(
-                    "templates", options=list(TEMPLATES), default="openai-80", optional=True,
+                    "templates",
+                    options=list(TEMPLATES),
+                    default="openai-80",
+                    optional=True,
                     tooltip="Sentences that a class name is put into: OpenAI's 80, a short set, none, or your own.",
                 ),
                 io.String.Input(
-                    "custom_templates", default="", multiline=True, optional=True,
+                    "custom_templates",
+                    default="",
+                    multiline=True,
+                    optional=True,
                     tooltip="For templates: custom. One sentence a line, with {} where the class name goes.",
                 ),
                 io.Combo.Input(
-                    "protocol", options=list(PROTOCOLS), default="whole set", optional=True, advanced=True,
+                    "protocol",
+                    options=list(PROTOCOLS),
+                    default="whole set",
+                    optional=True,
+                    advanced=True,
                     tooltip="published: the table also tells how many pictures know their label among the 48 of a "
                     "shuffled batch, which was published as the accuracy of fine-tunes, and is none.",
                 ),
@@ -104,7 +118,7 @@ class EvalZeroShot(io.ComfyNode):
             outputs=evaluation_outputs("accuracy"),
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
@@ -112,9 +126,13 @@ class EvalZeroShot(io.ComfyNode):
     ):
         def evaluate(model, **host_calls):
             return eval_zero_shot(
-                model, dataset, templates=templates, custom_templates=custom_templates.splitlines(), protocol=protocol,
+                model,
+                dataset,
+                templates=templates,
+                custom_templates=custom_templates.splitlines(),
+                protocol=protocol,
                 **host_calls,
-            )  # fmt: skip
+            )
 
         results, display = measure(cls, evaluate, full_clip, baseline)
         found = results["model"]
@@ -141,11 +159,12 @@ class EvalZeroShot(io.ComfyNode):
         ]
         chart = host.image_tensor(
             share_chart(
-                _groups(results, measures), title=sentence,
+                _groups(results, measures),
+                title=sentence,
                 intervals={"top 1": {model: result.top1_interval for model, result in results.items()}},
                 confused={model: result.confused for model, result in results.items()},
             )
-        )  # fmt: skip
+        )
         return io.NodeOutput(found.top1, table(rows), chart, ui=ui.PreviewImage(chart, cls=cls))
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..engine.clip import export
-from ..engine.clip.files import write_safetensors
+from ..engine.clip import exports
 from ..engine.clip.full_clip import DTYPES
 from ..engine.clip.lora import export_lora
 from ..engine.errors import UserError
+from ..engine.files import write_safetensors
 from . import host
 from .sockets import CATEGORY, PREFIX_TOOLTIP, FullClip
 
@@ -20,26 +20,36 @@ def _export_inputs(model: str, hosts: str, part: str, prefix: str):
         FullClip.Input("full_clip", tooltip=f"A {model}. One in GmP form is folded."),
         io.Clip.Input("clip", optional=True, tooltip=f"The CLIP of an {hosts} model, to replace the {part} in."),
         io.String.Input("filename_prefix", default=prefix, optional=True, tooltip=PREFIX_TOOLTIP),
-        io.Combo.Input("dtype", options=_DTYPES, default="fp16", optional=True,
-                       tooltip="fp16 is what image programs use; ComfyUI computes with it either way."),
+        io.Combo.Input(
+            "dtype",
+            options=_DTYPES,
+            default="fp16",
+            optional=True,
+            tooltip="fp16 is what image programs use; ComfyUI computes with it either way.",
+        ),
         io.Boolean.Input("save", default=True, optional=True, tooltip="Off: only the clip output, no file."),
         io.Float.Input(
-            "strength", default=1.0, min=0.0, max=1.5, step=0.05, optional=True,
+            "strength",
+            default=1.0,
+            min=0.0,
+            max=1.5,
+            step=0.05,
+            optional=True,
             tooltip="1 is the trained text encoder, 0 the one in the connected clip, above 1 goes further.",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _export(cls, sizes, part, full_clip, clip, filename_prefix, dtype, save, strength):
     display = host.Display(cls.hidden.unique_id)
-    export.require_text_tower(full_clip, sizes)
+    exports.require_text_tower(full_clip, sizes)
     if strength != 1 and clip is None:
         raise UserError(f"strength is {strength:g}, which needs something to mix with: connect a clip, or set it to 1.")
     file = host.new_output_file(filename_prefix) if save else None
-    tensors, done = export.text_encoder_state_dict(full_clip, dtype=dtype)
+    tensors, done = exports.text_encoder_state_dict(full_clip, dtype=dtype)
     if strength != 1:
         original = host.text_encoder_tensors(clip, part)
-        tensors = export.mix_text_encoders(original, tensors, strength, projection=part == host.CLIP_G)
+        tensors = exports.mix_text_encoders(original, tensors, strength, projection=part == host.CLIP_G)
     # Refused before anything is written.
     swapped = host.replace_text_encoder(clip, part, tensors) if clip is not None else None
     path = ""
@@ -71,7 +81,7 @@ class ExportClipL(io.ComfyNode):
 
     @classmethod
     def execute(cls, full_clip, filename_prefix="clip/clip_l", dtype="fp16", save=True, strength=1.0, clip=None):
-        return _export(cls, export.CLIP_L, host.CLIP_L, full_clip, clip, filename_prefix, dtype, save, strength)
+        return _export(cls, exports.CLIP_L, host.CLIP_L, full_clip, clip, filename_prefix, dtype, save, strength)
 
 
 class ExportClipG(io.ComfyNode):
@@ -92,7 +102,7 @@ class ExportClipG(io.ComfyNode):
 
     @classmethod
     def execute(cls, full_clip, filename_prefix="clip/clip_g", dtype="fp16", save=True, strength=1.0, clip=None):
-        return _export(cls, export.CLIP_G, host.CLIP_G, full_clip, clip, filename_prefix, dtype, save, strength)
+        return _export(cls, exports.CLIP_G, host.CLIP_G, full_clip, clip, filename_prefix, dtype, save, strength)
 
 
 class ExportClipLoRA(io.ComfyNode):
@@ -108,14 +118,20 @@ class ExportClipLoRA(io.ComfyNode):
             inputs=[
                 FullClip.Input("full_clip", tooltip="The trained model."),
                 FullClip.Input("baseline", tooltip="The model that it was trained from."),
-                io.Int.Input("rank", default=32, min=1, max=1280, optional=True,
-                             tooltip="Higher keeps more of the change, in a larger file."),
+                io.Int.Input(
+                    "rank",
+                    default=32,
+                    min=1,
+                    max=1280,
+                    optional=True,
+                    tooltip="Higher keeps more of the change, in a larger file.",
+                ),
                 io.String.Input("filename_prefix", default="loras/clip", optional=True, tooltip=PREFIX_TOOLTIP),
             ],
             outputs=[io.String.Output(display_name="path")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, full_clip, baseline, rank=32, filename_prefix="loras/clip"):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..engine.clip.export import CLIP_L, export_vision_encoder, require_text_tower
+from ..engine.clip.exports import CLIP_L, export_vision_encoder, require_text_tower
 from ..engine.clip.full_clip import MIXED, load_full_clip, save_full_clip
 from ..engine.clip.gmp import NOTHING_TO_FOLD, fold_gmp, to_gmp
 from ..engine.clip.huggingface import save_huggingface
-from ..engine.clip.long_clip import LONG_CONTEXT
 from ..engine.clip.merge import merge_text_encoder, merge_vision_encoder, transplant_tower
+from ..engine.clip.variants.long_clip import LONG_CONTEXT
 from ..engine.errors import UserError
 from . import host
 from .sockets import CATEGORY, PREFIX_TOOLTIP, FullClip
@@ -35,18 +35,26 @@ class LoadFullCLIP(io.ComfyNode):
             inputs=[
                 io.Combo.Input("model", options=host.list_models(), tooltip="SD and SDXL use ViT-L-14."),
                 io.Combo.Input(
-                    "activation", options=["auto", "quick_gelu", "gelu"], default="auto", optional=True, advanced=True,
+                    "activation",
+                    options=["auto", "quick_gelu", "gelu"],
+                    default="auto",
+                    optional=True,
+                    advanced=True,
                     tooltip="What the MLPs compute. OpenAI's models are quick_gelu, LAION's gelu; files seldom say it.",
                 ),
                 io.Combo.Input(
-                    "context_length", options=["auto", str(LONG_CONTEXT)], default="auto", optional=True, advanced=True,
+                    "context_length",
+                    options=["auto", str(LONG_CONTEXT)],
+                    default="auto",
+                    optional=True,
+                    advanced=True,
                     tooltip=f"{LONG_CONTEXT}: room for long captions, as in Long-CLIP; a model for 77 tokens is "
                     "stretched. Train it on long captions then.",
                 ),
             ],
             outputs=[FullClip.Output(display_name="full_clip")],
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def fingerprint_inputs(cls, model, activation="auto", context_length="auto"):
@@ -55,13 +63,16 @@ class LoadFullCLIP(io.ComfyNode):
     @classmethod
     def execute(cls, model, activation="auto", context_length="auto"):
         full_clip = load_full_clip(
-            host.find_model(model), activation=activation,
+            host.find_model(model),
+            activation=activation,
             context_length=None if context_length == "auto" else int(context_length),
-        )  # fmt: skip
+        )
         display = host.Display(cls.hidden.unique_id)
         a = full_clip.architecture
-        display.say(f"{a.vision_width}-wide vision tower, {a.text_width}-wide text tower, {full_clip.dtypes[0]}"
-                    + (", in GmP form" if full_clip.parameterization == "gmp" else ""))  # fmt: skip
+        display.say(
+            f"{a.vision_width}-wide vision tower, {a.text_width}-wide text tower, {full_clip.dtypes[0]}"
+            + (", in GmP form" if full_clip.parameterization == "gmp" else "")
+        )
         for note in full_clip.notes:
             display.say(note)
         return io.NodeOutput(full_clip)
@@ -102,11 +113,17 @@ class SaveFullCLIP(io.ComfyNode):
                 FullClip.Input("full_clip"),
                 io.String.Input("filename_prefix", default="full_clip/my_clip", optional=True, tooltip=PREFIX_TOOLTIP),
                 io.Combo.Input(
-                    "format", options=list(_FORMATS), default="openai", optional=True,
+                    "format",
+                    options=list(_FORMATS),
+                    default="openai",
+                    optional=True,
                     tooltip="\n".join(f"{name}: {what}." for name, what in _FORMATS.items()),
                 ),
                 io.Combo.Input(
-                    "dtype", options=["fp16", "bf16", "fp32", MIXED], default="fp32", optional=True,
+                    "dtype",
+                    options=["fp16", "bf16", "fp32", MIXED],
+                    default="fp32",
+                    optional=True,
                     tooltip="fp32 to train on with it; fp16 is half as large. mixed: as OpenAI's own files are, fp16 "
                     "with norms and embeddings in fp32.",
                 ),
@@ -114,7 +131,7 @@ class SaveFullCLIP(io.ComfyNode):
             outputs=[io.String.Output(display_name="path")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, full_clip, filename_prefix="full_clip/my_clip", format="openai", dtype="fp32"):
@@ -151,12 +168,13 @@ class MergeTEWithVision(io.ComfyNode):
             inputs=[
                 io.Clip.Input("clip", tooltip="From any checkpoint or CLIP loader that holds a CLIP-L."),
                 FullClip.Input("full_clip", tooltip="Gives the vision tower, both projections and the temperature."),
-                io.ClipVision.Input("clip_vision", optional=True,
-                                    tooltip="A ViT-L/14's, to take the vision tower from instead."),
+                io.ClipVision.Input(
+                    "clip_vision", optional=True, tooltip="A ViT-L/14's, to take the vision tower from instead."
+                ),
             ],
             outputs=[FullClip.Output(display_name="full_clip")],
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, clip, full_clip, clip_vision=None):

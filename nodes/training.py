@@ -11,14 +11,16 @@ from comfy_api.latest import io, ui
 from ..engine.report.charts import loss_chart
 from ..engine.report.tables import time_words
 from ..engine.train.config import DEFAULT_PRESET, GMP_PRESETS, PRESETS, Preset, TrainConfig
-from ..engine.train.results import Progress
-from ..engine.train.run_folder import ON_EXISTING
+from ..engine.train.run.folder import ON_EXISTING
+from ..engine.train.run.results import Progress
 from ..engine.train.trainer import train
 from . import host
 from .sockets import CATEGORY, Dataset, FullClip
 
-_IF_EXISTS = ("Another run of this name: auto goes on with the same run and gives a changed one a new folder; resume, "
-              "restart (deletes the old run) and fail are explicit.")  # fmt: skip
+_IF_EXISTS = (
+    "Another run of this name: auto goes on with the same run and gives a changed one a new folder; resume, "
+    "restart (deletes the old run) and fail are explicit."
+)
 
 
 def _setting(field: dataclasses.Field, kind: type):
@@ -58,16 +60,26 @@ def _schema(node_id: str, display_name: str, description: str, presets: Mapping[
             FullClip.Input("full_clip"),
             Dataset.Input("train"),
             Dataset.Input("validation", optional=True, tooltip="Without it the last weights count as the best."),
-            io.String.Input("run_name", default="my_clip", optional=True,
-                            tooltip="The run's folder in output/clip_finetune."),
+            io.String.Input(
+                "run_name", default="my_clip", optional=True, tooltip="The run's folder in output/clip_finetune."
+            ),
             io.Combo.Input(
-                "preset", options=list(presets), default=DEFAULT_PRESET, optional=True,
+                "preset",
+                options=list(presets),
+                default=DEFAULT_PRESET,
+                optional=True,
                 extra_dict={"clip_finetune_presets": carried},
                 tooltip=f"Choosing one writes its values into the widgets below.\n{words}",
             ),
             *_settings(advanced=False),
-            io.Combo.Input("if_run_exists", options=list(ON_EXISTING), default="auto", optional=True, advanced=True,
-                           tooltip=_IF_EXISTS),
+            io.Combo.Input(
+                "if_run_exists",
+                options=list(ON_EXISTING),
+                default="auto",
+                optional=True,
+                advanced=True,
+                tooltip=_IF_EXISTS,
+            ),
             *_settings(advanced=True),
         ],
         outputs=[
@@ -77,7 +89,7 @@ def _schema(node_id: str, display_name: str, description: str, presets: Mapping[
         ],
         hidden=[io.Hidden.unique_id],
         is_output_node=True,
-    )  # fmt: skip
+    )
 
 
 def _train(cls, presets, gmp, full_clip, train_set, validation, run_name, preset, if_run_exists, given: dict[str, Any]):
@@ -88,11 +100,12 @@ def _train(cls, presets, gmp, full_clip, train_set, validation, run_name, preset
 
     def show(progress: Progress) -> None:
         display.picture(
-            progress.step, progress.total_steps,
+            progress.step,
+            progress.total_steps,
             lambda: loss_chart(
                 progress.steps, progress.validations, title=f"step {progress.step} of {progress.total_steps}"
             ),
-        )  # fmt: skip
+        )
         if progress.steps:
             last = progress.steps[-1]
             display.status(
@@ -102,10 +115,19 @@ def _train(cls, presets, gmp, full_clip, train_set, validation, run_name, preset
 
     with host.whole_device():
         result = train(
-            full_clip, train_set, validation, config, run_folder=host.run_folder(run_name), device=host.device(),
-            on_existing=if_run_exists, origins=origins, cache_folder=host.picture_cache_folder(), on_note=display.say,
-            on_progress=show, check_cancelled=host.check_cancelled,
-        )  # fmt: skip
+            full_clip,
+            train_set,
+            validation,
+            config,
+            run_folder=host.run_folder(run_name),
+            device=host.device(),
+            on_existing=if_run_exists,
+            origins=origins,
+            cache_folder=host.image_cache_folder(),
+            on_note=display.say,
+            on_progress=show,
+            check_cancelled=host.check_cancelled,
+        )
     folder = host.relative_to_output(result.run_folder)
     report = f" All about it: {folder}/{result.report_file.name} in the output folder." if result.report_file else ""
     display.say(f"Done: the model of step {result.best_step} of {result.total_steps}.{report}")

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from clip_finetune.engine import build_network, to_gmp
-from clip_finetune.engine.clip.export import text_encoder_state_dict
+from clip_finetune.engine.clip.exports import text_encoder_state_dict
 from clip_finetune.engine.clip.full_clip import file_metadata
 from clip_finetune.engine.clip.names import to_hf
 
@@ -291,8 +291,10 @@ bad("layer-of-5000-digits", added({f"transformer.resblocks.{'9' * 5000}.ln_1.bia
 bad("layer-of-90-digits", added({f"transformer.resblocks.{'9' * 90}.ln_1.bias": ONE}))
 bad("layer-of-arabic-digits", added({"transformer.resblocks.١٢.ln_1.bias": ONE}))
 bad("layer-below-zero", added({"transformer.resblocks.-1.ln_1.bias": ONE}))
-bad("layers-of-hugging-face-999999999", added({"text_model.encoder.layers.999999999.layer_norm1.bias": ONE},
-    hugging_face))  # fmt: skip
+bad(
+    "layers-of-hugging-face-999999999",
+    added({"text_model.encoder.layers.999999999.layer_norm1.bias": ONE}, hugging_face),
+)
 bad("name-of-a-million-letters", added({"a" * 1_000_000: ONE}), merge=ANY)
 bad("name-of-a-million-wrappers", lambda: save({"module." * 300_000 + "token_embedding.weight": ONE}))
 bad("name-with-line-breaks", added({"first\nsecond\r\nthird": ONE}), merge=ANY)
@@ -305,8 +307,11 @@ bad("name-that-is-only-a-wrapper", lambda: save({"model.": ONE}))
 bad(
     "names-with-line-breaks-in-a-text-encoder", added({"text_model.encoder.layers.0\n.x": ONE}, text_encoder), info=TOLD
 )
-bad("names-with-line-breaks-before-a-text-encoder", lambda: save({f"a\nb.{n}": t for n, t in text_encoder().items()}),
-    info=TOLD)  # fmt: skip
+bad(
+    "names-with-line-breaks-before-a-text-encoder",
+    lambda: save({f"a\nb.{n}": t for n, t in text_encoder().items()}),
+    info=TOLD,
+)
 
 
 # ---- metadata of ours ------------------------------------------------------------------------------------------------
@@ -349,15 +354,40 @@ for _id, _changes in {
 }.items():
     bad(f"metadata-{_id}", with_metadata(lambda changes=_changes: json.dumps(about(**changes))), merge=ANY)
 for _name, _value in (
-    ("text_layers", 10**12), ("text_layers", -1), ("text_layers", 2), ("text_layers", 0), ("text_layers", True),
-    ("text_layers", 1.0), ("text_layers", "1"), ("text_layers", None), ("vision_layers", 10**12),
-    ("vision_layers", [10**12, 1, 1, 1]), ("vision_layers", [1, 1]), ("vision_layers", [[1], 1, 1, 1]),
-    ("vision_layers", [1] * 100_000), ("text_width", 10**9), ("text_width", -16), ("text_width", 10**4000),
-    ("vision_width", 10**9), ("vision_width", 0), ("vocab_size", 10**18), ("context_length", 10**30),
-    ("image_size", 10**9), ("image_size", 3), ("patch_size", None), ("patch_size", 10**9), ("embed_dim", 10**9),
-    ("text_heads", 0), ("text_heads", 3), ("text_heads", 10**4000), ("vision_heads", -1), ("vision_heads", "1"),
-    ("vision_mlp_width", 10**12), ("text_mlp_width", [64]), ("depth", 3),
-):  # fmt: skip
+    ("text_layers", 10**12),
+    ("text_layers", -1),
+    ("text_layers", 2),
+    ("text_layers", 0),
+    ("text_layers", True),
+    ("text_layers", 1.0),
+    ("text_layers", "1"),
+    ("text_layers", None),
+    ("vision_layers", 10**12),
+    ("vision_layers", [10**12, 1, 1, 1]),
+    ("vision_layers", [1, 1]),
+    ("vision_layers", [[1], 1, 1, 1]),
+    ("vision_layers", [1] * 100_000),
+    ("text_width", 10**9),
+    ("text_width", -16),
+    ("text_width", 10**4000),
+    ("vision_width", 10**9),
+    ("vision_width", 0),
+    ("vocab_size", 10**18),
+    ("context_length", 10**30),
+    ("image_size", 10**9),
+    ("image_size", 3),
+    ("patch_size", None),
+    ("patch_size", 10**9),
+    ("embed_dim", 10**9),
+    ("text_heads", 0),
+    ("text_heads", 3),
+    ("text_heads", 10**4000),
+    ("vision_heads", -1),
+    ("vision_heads", "1"),
+    ("vision_mlp_width", 10**12),
+    ("text_mlp_width", [64]),
+    ("depth", 3),
+):
     _shown = str(_value)[:12].replace(" ", "").replace("[", "(").replace("]", ")")
     bad(f"metadata-{_name}-{_shown}", claims(**{_name: _value}), merge=ANY)
 
@@ -424,33 +454,64 @@ bad("nan-in-logit-scale", added({"logit_scale": torch.tensor(torch.nan)}), load=
 
 bad("gmp-without-r", lambda: save(without(gmp(), f"{FC}.r")))
 bad("gmp-without-theta", lambda: save(without(gmp(), f"{FC}.theta")))
-bad("gmp-in-one-layer-only", lambda: save(without(openai(), f"{FC}.weight") | {
-    f"{FC}.{part}": gmp()[f"{FC}.{part}"] for part in ("r", "theta")}))  # fmt: skip
+bad(
+    "gmp-in-one-layer-only",
+    lambda: save(
+        without(openai(), f"{FC}.weight") | {f"{FC}.{part}": gmp()[f"{FC}.{part}"] for part in ("r", "theta")}
+    ),
+)
 bad("gmp-and-weight", lambda: save(gmp() | {f"{FC}.weight": openai()[f"{FC}.weight"]}))
-bad("gmp-in-the-text-tower-only", lambda: save({n: t for n, t in gmp().items() if not n.startswith("visual.")}
-    | {n: t for n, t in openai().items() if n.startswith("visual.")}))  # fmt: skip
+bad(
+    "gmp-in-the-text-tower-only",
+    lambda: save(
+        {n: t for n, t in gmp().items() if not n.startswith("visual.")}
+        | {n: t for n, t in openai().items() if n.startswith("visual.")}
+    ),
+)
 bad("gmp-text-tower-alone", lambda: save({n: t for n, t in gmp().items() if not n.startswith("visual.")}), info=TOLD)
-bad("gmp-under-a-text-encoders-names", added({"text_model.encoder.layers.0.mlp.fc1.r": torch.zeros(64, 1),
-    "text_model.encoder.layers.0.mlp.fc1.theta": torch.zeros(64, 16)}, text_encoder), info=TOLD)  # fmt: skip
+bad(
+    "gmp-under-a-text-encoders-names",
+    added(
+        {
+            "text_model.encoder.layers.0.mlp.fc1.r": torch.zeros(64, 1),
+            "text_model.encoder.layers.0.mlp.fc1.theta": torch.zeros(64, 16),
+        },
+        text_encoder,
+    ),
+    info=TOLD,
+)
 
 RESIDUAL = "positional_embedding_res"
 bad("long-clip-tables-of-two-shapes", added({RESIDUAL: torch.zeros(9, 16)}))
 bad("long-clip-second-table-a-scalar", added({RESIDUAL: torch.tensor(1.0)}))
 bad("long-clip-tables-scalars", added({RESIDUAL: torch.tensor(1.0), "positional_embedding": torch.tensor(1.0)}))
-bad("long-clip-without-the-first-table", lambda: save(
-    without(openai(), "positional_embedding") | {RESIDUAL: torch.zeros(8, 16)}))  # fmt: skip
-bad("long-clip-tables-of-hugging-face", added({"text_model.embeddings.position_embedding_res.weight":
-    torch.zeros(7, 16)}, hugging_face))  # fmt: skip
+bad(
+    "long-clip-without-the-first-table",
+    lambda: save(without(openai(), "positional_embedding") | {RESIDUAL: torch.zeros(8, 16)}),
+)
+bad(
+    "long-clip-tables-of-hugging-face",
+    added({"text_model.embeddings.position_embedding_res.weight": torch.zeros(7, 16)}, hugging_face),
+)
 
 for _tower in ("text_model", "vision_model"):
     for _part, _kinds in (("q", ("weight",)), ("k", ("weight", "bias")), ("v", ("bias",))):
         for _kind in _kinds:
-            bad(f"only-{_part}-{_kind}-of-{_tower}", lambda t=_tower, p=_part, k=_kind: save(
-                {n: v for n, v in hugging_face().items()
-                 if not n.startswith(t) or f"self_attn.{'qkv'.replace(p, '')[0]}_proj.{k}" not in n}),
-                merge=ANY if _tower == "vision_model" else REFUSED)  # fmt: skip
-bad("thirds-of-different-widths", added({"text_model.encoder.layers.0.self_attn.k_proj.weight": torch.zeros(16, 17)},
-    hugging_face))  # fmt: skip
+            bad(
+                f"only-{_part}-{_kind}-of-{_tower}",
+                lambda t=_tower, p=_part, k=_kind: save(
+                    {
+                        n: v
+                        for n, v in hugging_face().items()
+                        if not n.startswith(t) or f"self_attn.{'qkv'.replace(p, '')[0]}_proj.{k}" not in n
+                    }
+                ),
+                merge=ANY if _tower == "vision_model" else REFUSED,
+            )
+bad(
+    "thirds-of-different-widths",
+    added({"text_model.encoder.layers.0.self_attn.k_proj.weight": torch.zeros(16, 17)}, hugging_face),
+)
 bad(
     "openais-thirds-of-different-widths",
     lambda: save(
@@ -466,11 +527,23 @@ bad("openais-query-alone", added({"transformer.resblocks.0.attn.q_proj.weight": 
 RESNET = {"visual.layer1.0.conv1.weight": (4, 4, 1, 1), "visual.attnpool.positional_embedding": (2, 128)}
 for _name in RESNET:
     for _shape in ((), (0,), (0, 4), (1, 2, 3, 4, 5), (3, 128), RESNET[_name]):
-        bad(f"resnet-{_name}-{'x'.join(map(str, _shape)) or 'scalar'}", added(
-            {n: torch.zeros(s) for n, s in RESNET.items()} | {_name: torch.zeros(_shape)}
-            | {f"visual.layer{n}.0.bn1.bias": torch.zeros(4) for n in (2, 3, 4)}), merge=ANY)  # fmt: skip
-bad("resnet-block-999999999", added({f"visual.layer{n}.999999999.bn1.bias": torch.zeros(1) for n in (1, 2, 3, 4)} | {
-    n: torch.zeros(s) for n, s in RESNET.items()}), merge=ANY)  # fmt: skip
+        bad(
+            f"resnet-{_name}-{'x'.join(map(str, _shape)) or 'scalar'}",
+            added(
+                {n: torch.zeros(s) for n, s in RESNET.items()}
+                | {_name: torch.zeros(_shape)}
+                | {f"visual.layer{n}.0.bn1.bias": torch.zeros(4) for n in (2, 3, 4)}
+            ),
+            merge=ANY,
+        )
+bad(
+    "resnet-block-999999999",
+    added(
+        {f"visual.layer{n}.999999999.bn1.bias": torch.zeros(1) for n in (1, 2, 3, 4)}
+        | {n: torch.zeros(s) for n, s in RESNET.items()}
+    ),
+    merge=ANY,
+)
 
 
 # ---- other kinds of models -------------------------------------------------------------------------------------------
@@ -483,21 +556,47 @@ def checkpoint() -> dict[str, Tensor]:
 
 
 bad("sdxl-checkpoint", lambda: save(checkpoint()), info=TOLD, merge=ANY)
-bad("checkpoint-with-a-scalar-for-tokens", added(
-    {f"{SDXL}text_model.embeddings.token_embedding.weight": torch.tensor(1.0)}, checkpoint), info=TOLD)  # fmt: skip
+bad(
+    "checkpoint-with-a-scalar-for-tokens",
+    added({f"{SDXL}text_model.embeddings.token_embedding.weight": torch.tensor(1.0)}, checkpoint),
+    info=TOLD,
+)
 bad("checkpoint-without-text-encoder", lambda: save({"model.diffusion_model.out.2.bias": torch.zeros(4)}), info=TOLD)
-bad("lora", lambda: save({"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.zeros(64, 2),
-    "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 16)}), info=TOLD)  # fmt: skip
+bad(
+    "lora",
+    lambda: save(
+        {
+            "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.zeros(64, 2),
+            "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 16),
+        }
+    ),
+    info=TOLD,
+)
 bad("text-encoder", lambda: save(text_encoder()), info=TOLD, merge=ANY)
 bad("vision-encoder", lambda: save({n: t for n, t in hugging_face().items() if n.startswith("vis")}), info=TOLD)
-bad("training-state", lambda: save({f"model.{n}": t for n, t in openai().items()} | {"optimizer.0.exp_avg": ONE}),
-    info=TOLD)  # fmt: skip
+bad(
+    "training-state",
+    lambda: save({f"model.{n}": t for n, t in openai().items()} | {"optimizer.0.exp_avg": ONE}),
+    info=TOLD,
+)
 bad("vae", lambda: save({"decoder.conv_in.weight": torch.zeros(4, 4, 3, 3)}))
-bad("siglip", lambda: save({n: t for n, t in hugging_face().items() if n != "logit_scale" and "class_emb" not in n} | {
-    "logit_bias": ONE, "vision_model.head.probe": torch.zeros(1, 1, 16)}), merge=ANY)  # fmt: skip
+bad(
+    "siglip",
+    lambda: save(
+        {n: t for n, t in hugging_face().items() if n != "logit_scale" and "class_emb" not in n}
+        | {"logit_bias": ONE, "vision_model.head.probe": torch.zeros(1, 1, 16)}
+    ),
+    merge=ANY,
+)
 bad("other-text-encoder-wider", lambda: save(text_encoder_state_dict(random_clip(SMALL, text_width=32))[0]), info=TOLD)
-bad("half-hugging-face", lambda: save({n: t for n, t in openai().items() if n.startswith("visual.")}
-    | {n: t for n, t in hugging_face().items() if n.startswith("text_model.")}), merge=ANY)  # fmt: skip
+bad(
+    "half-hugging-face",
+    lambda: save(
+        {n: t for n, t in openai().items() if n.startswith("visual.")}
+        | {n: t for n, t in hugging_face().items() if n.startswith("text_model.")}
+    ),
+    merge=ANY,
+)
 
 
 # ---- pickles ---------------------------------------------------------------------------------------------------------
@@ -647,7 +746,7 @@ PERSISTENT = {
     "storage-of-another-kind": b"(" + word("storage") + CLIP + word("0") + word("cpu") + number(4) + b"t",
     "storage-of-terabytes": FLOATS + word("0") + word("cpu") + number(TB) + b"t",
     "storage-of-words": FLOATS + word("0") + word("cpu") + word("4") + b"t",
-}  # fmt: skip
+}
 for _id, _pid in PERSISTENT.items():
     everywhere(f"persistent-{_id}", HEAD + _pid + b"Q.")
 
@@ -663,9 +762,13 @@ def numbers(*values: int) -> bytes:
 def tensor(elements: int, size: tuple, stride: tuple, offset: int = 0, key: str = "0") -> bytes:
     """The operations that make a tensor over a storage."""
     return (
-        b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage(elements, key) + number(offset) + numbers(*size)
-        + numbers(*stride) + b"\x89ccollections\nOrderedDict\n)RtR"
-    )  # fmt: skip
+        b"ctorch._utils\n_rebuild_tensor_v2\n("
+        + storage(elements, key)
+        + number(offset)
+        + numbers(*size)
+        + numbers(*stride)
+        + b"\x89ccollections\nOrderedDict\n)RtR"
+    )
 
 
 def in_dict(*items: tuple[str, bytes]) -> bytes:
@@ -705,11 +808,28 @@ for _id, _data in {
     "state-for-a-clip": HEAD + CLIP + b")\x81}" + word("__setstate__") + SYSTEM + b"sb.",
     "class-of-a-clip-changed": HEAD + CLIP + b"}" + word("x") + number(1) + b"sb.",
     "clip-that-is-its-own-part": HEAD + CLIP + b")\x81q\0}" + word("self") + b"h\0sb.",
-    "clip-with-odd-parts": HEAD + CLIP + b")\x81}(" + word("_modules") + number(5) + word("_parameters") + b"]"
-    + word("_buffers") + b"N" + b"ub.",
+    "clip-with-odd-parts": HEAD
+    + CLIP
+    + b")\x81}("
+    + word("_modules")
+    + number(5)
+    + word("_parameters")
+    + b"]"
+    + word("_buffers")
+    + b"N"
+    + b"ub.",
     "clip-with-state-of-words": HEAD + CLIP + b")\x81" + word("state") + b"b.",
-    "dict-with-items-of-its-own": HEAD + b"ccollections\nOrderedDict\n)R}(" + word("items") + number(5) + word("get")
-    + number(5) + word("values") + number(5) + word("keys") + number(5) + b"ub.",
+    "dict-with-items-of-its-own": HEAD
+    + b"ccollections\nOrderedDict\n)R}("
+    + word("items")
+    + number(5)
+    + word("get")
+    + number(5)
+    + word("values")
+    + number(5)
+    + word("keys")
+    + number(5)
+    + b"ub.",
     "newobj-ex": b"\x80\x04" + CLIP + b")}\x92.",
     "inst": HEAD + b"(" + word(f"mkdir {RAN}") + b"iposix\nsystem\n.",
     "obj": HEAD + b"(" + SYSTEM + word(f"mkdir {RAN}") + b"o.",
@@ -742,19 +862,35 @@ for _id, _data in {
     "tuple-in-tuple-as-key": HEAD + b"})" + b"\x85" * 1_000_000 + b"Ns.",
     "list-in-list": HEAD + b"]" * 150_000 + b"a" * 149_999 + b".",
     "laughing-tuple-as-key": HEAD + b"})" + b"".join(b"q%ch%c\x86" % (n, n) for n in range(90)) + b"Ns.",
-    "laughing-tuple-of-many-as-key": HEAD + b"})" + b"".join(
-        b"q%c(%st" % (n, b"h%c" % n * 200) for n in range(9)) + b"Ns.",
+    "laughing-tuple-of-many-as-key": HEAD
+    + b"})"
+    + b"".join(b"q%c(%st" % (n, b"h%c" % n * 200) for n in range(9))
+    + b"Ns.",
     "laughing-lists": HEAD + b"]" + b"".join(b"q%c](h%ch%ce" % (n, n, n) for n in range(90)) + b".",
-    "laughing-sets": HEAD + b"](" + b"".join(map(number, range(50_000))) + b"eq\0"
-    + b"(" + b"cbuiltins\nset\nh\0\x85R" * 3000 + b"l."[1:],
-    "laughing-dicts": HEAD + b"](" + b"".join(b"]" + b"(" + number(n) + b"Ne" for n in range(20_000)) + b"eq\0"
-    + b"]q\1" + b"ccollections\nOrderedDict\nh\0\x85Ra" * 3000 + b".",
-    "laughing-state": HEAD + b"}(" + b"".join(word(str(n)) + b"N" for n in range(50_000)) + b"uq\0]"
-    + (CLIP + b")\x81h\0ba") * 3000 + b".",
+    "laughing-sets": HEAD
+    + b"]("
+    + b"".join(map(number, range(50_000)))
+    + b"eq\0"
+    + b"("
+    + b"cbuiltins\nset\nh\0\x85R" * 3000
+    + b"l."[1:],
+    "laughing-dicts": HEAD
+    + b"]("
+    + b"".join(b"]" + b"(" + number(n) + b"Ne" for n in range(20_000))
+    + b"eq\0"
+    + b"]q\1"
+    + b"ccollections\nOrderedDict\nh\0\x85Ra" * 3000
+    + b".",
+    "laughing-state": HEAD
+    + b"}("
+    + b"".join(word(str(n)) + b"N" for n in range(50_000))
+    + b"uq\0]"
+    + (CLIP + b")\x81h\0ba") * 3000
+    + b".",
     "same-long-key-again-and-again": HEAD + b"(" + b"N" * 100_000 + b"tq\0}(" + b"h\0N" * 50_000 + b"u.",
     "endless-operations": HEAD + b"](" + b"N" * 16_000_000 + b"e.",
     "pickle-of-20-mb": HEAD + word("a" * (20 << 20)) + b".",
-}.items():  # fmt: skip
+}.items():
     everywhere(f"pickle-{_id}", _data)
 
 
@@ -785,8 +921,18 @@ def raw_zip(entries: Iterable[tuple[str, bytes]], **said) -> bytes:
     for name, data in entries:
         told = {"flags": 0, "method": 0, "packed": len(data), "size": len(data), "offset": len(content), "extra": b""}
         told |= said.get(name, {})
-        middle = struct.pack("<HHHHIIIHH", told["flags"], told["method"], 0, 33, zipfile.crc32(data), told["packed"],
-                             told["size"], len(name.encode()), len(told["extra"]))  # fmt: skip
+        middle = struct.pack(
+            "<HHHHIIIHH",
+            told["flags"],
+            told["method"],
+            0,
+            33,
+            zipfile.crc32(data),
+            told["packed"],
+            told["size"],
+            len(name.encode()),
+            len(told["extra"]),
+        )
         directory += b"PK\1\2" + struct.pack("<HH", 20, 20) + middle + struct.pack("<HHHII", 0, 0, 0, 0, told["offset"])
         directory += name.encode() + told["extra"]
         content += b"PK\3\4" + struct.pack("<H", 20) + middle + name.encode() + told["extra"] + data
@@ -825,29 +971,63 @@ bad("zip-pickle-larger-than-the-file", said_of("data.pkl", size=1 << 31, packed=
 bad("zip-entry-beyond-the-file", said_of("data/0", offset=1 << 31), ".pt")
 bad("zip-pickle-beyond-the-file", said_of("data.pkl", offset=1 << 31), ".pt")
 bad("zip-pickle-in-the-middle-of-data", said_of("data.pkl", offset=9000), ".pt")
-bad("zip64-entry-of-exabytes", said_of("data/0", size=BIG, packed=BIG, extra=
-    struct.pack("<HHQQ", 1, 16, 1 << 60, 1 << 60)), ".pt")  # fmt: skip
+bad(
+    "zip64-entry-of-exabytes",
+    said_of("data/0", size=BIG, packed=BIG, extra=struct.pack("<HHQQ", 1, 16, 1 << 60, 1 << 60)),
+    ".pt",
+)
 bad("zip64-pickle-at-exabytes", said_of("data.pkl", offset=BIG, extra=struct.pack("<HHQ", 1, 8, 1 << 62)), ".pt")
 bad(
     "zip64-extra-that-is-too-short", said_of("data/0", size=BIG, packed=BIG, extra=struct.pack("<HHI", 1, 16, 1)), ".pt"
 )
 bad("zip-two-entries-of-one-name", lambda: raw_zip([*state_entries(), ("archive/data.pkl", BOMBS["os.mkdir"])]), ".pt")
 bad("zip-two-pickles", lambda: raw_zip([*state_entries(), ("other/data.pkl", BOMBS["os.mkdir"])]), ".pt")
-bad("zip-claims-many-entries", lambda: raw_zip(state_entries(), end={"count": 0xFFFE}), ".pt", load=ANY, info=ANY,
-    merge=ANY)  # fmt: skip
-bad("zip64-claims-2-to-the-31-entries", lambda: raw_zip(state_entries(), end={"count": 0xFFFF, "length": BIG,
-    "offset": BIG}, end64=end64(count=1 << 31, length=(1 << 31) * 46)), ".pt")  # fmt: skip
+bad(
+    "zip-claims-many-entries",
+    lambda: raw_zip(state_entries(), end={"count": 0xFFFE}),
+    ".pt",
+    load=ANY,
+    info=ANY,
+    merge=ANY,
+)
+bad(
+    "zip64-claims-2-to-the-31-entries",
+    lambda: raw_zip(
+        state_entries(),
+        end={"count": 0xFFFF, "length": BIG, "offset": BIG},
+        end64=end64(count=1 << 31, length=(1 << 31) * 46),
+    ),
+    ".pt",
+)
 bad("zip-directory-longer-than-the-file", lambda: raw_zip(state_entries(), end={"length": 1 << 30}), ".pt")
 bad("zip-directory-beyond-the-file", lambda: raw_zip(state_entries(), end={"offset": 1 << 30}), ".pt")
 bad("zip-really-many-entries", lambda: raw_zip((f"archive/data/{n}", b"") for n in range(300_000)), ".pt")
 bad("zip-no-data", lambda: raw_zip([e for e in state_entries() if "/data/" not in e[0]]), ".pt")
 bad("zip-one-storage-missing", lambda: raw_zip([e for e in state_entries() if not e[0].endswith("/data/4")]), ".pt")
-bad("zip-names-that-lead-out", lambda: raw_zip([*state_entries("../../up"), (f"../{RAN}", b"x")]), ".pt", load=ANY,
-    info=ANY, merge=ANY)  # fmt: skip
-bad("zip-absolute-names", lambda: raw_zip([*state_entries(), (f"/tmp/{RAN}", b"x")]), ".pt", load=ANY, info=ANY,
-    merge=ANY)  # fmt: skip
-bad("zip-in-which-all-data-are-one-entry", lambda: raw_zip(state_entries(), **{
-    f"archive/data/{n}": {"offset": 1000} for n in range(40)}), ".pt", load=ANY, info=ANY, merge=ANY)  # fmt: skip
+bad(
+    "zip-names-that-lead-out",
+    lambda: raw_zip([*state_entries("../../up"), (f"../{RAN}", b"x")]),
+    ".pt",
+    load=ANY,
+    info=ANY,
+    merge=ANY,
+)
+bad(
+    "zip-absolute-names",
+    lambda: raw_zip([*state_entries(), (f"/tmp/{RAN}", b"x")]),
+    ".pt",
+    load=ANY,
+    info=ANY,
+    merge=ANY,
+)
+bad(
+    "zip-in-which-all-data-are-one-entry",
+    lambda: raw_zip(state_entries(), **{f"archive/data/{n}": {"offset": 1000} for n in range(40)}),
+    ".pt",
+    load=ANY,
+    info=ANY,
+    merge=ANY,
+)
 
 
 def script_of_clones() -> bytes:
@@ -868,12 +1048,21 @@ def script_of_overlapping_storages() -> bytes:
 
 bad("script-of-one-misaligned-storage-very-often", script_of_clones, ".pt")
 bad("script-of-overlapping-storages", script_of_overlapping_storages, ".pt")
-bad("script-packed-pickle", lambda: raw_zip([("x/data.pkl", b"N."), ("x/constants.pkl", b"")], **{
-    "x/data.pkl": {"method": 8}}), ".pt")  # fmt: skip
+bad(
+    "script-packed-pickle",
+    lambda: raw_zip([("x/data.pkl", b"N."), ("x/constants.pkl", b"")], **{"x/data.pkl": {"method": 8}}),
+    ".pt",
+)
 bad("script-without-data", lambda: raw_zip([("x/data.pkl", HEAD + b"N."), ("x/constants.pkl", b"")]), ".pt")
 for _id, _name, _bomb in (("constants", "constants.pkl", "posix.system"), ("code", "code/__torch__.py", "os.mkdir")):
-    bad(f"script-with-a-bomb-for-{_id}", lambda n=_name, b=_bomb: rebuilt(whole("script"), {n: BOMBS[b]}), ".pt",
-        load=ANY, info=ANY, merge=ANY)  # fmt: skip
+    bad(
+        f"script-with-a-bomb-for-{_id}",
+        lambda n=_name, b=_bomb: rebuilt(whole("script"), {n: BOMBS[b]}),
+        ".pt",
+        load=ANY,
+        info=ANY,
+        merge=ANY,
+    )
 
 
 # ---- models in several files, and folders ----------------------------------------------------------------------------
@@ -894,24 +1083,42 @@ def sharded(id: str, index: Callable[[], bytes] | bytes, shards: Callable[[], Ma
     """An index, opened by itself and by its folder."""
     made = index if callable(index) else lambda: index
     for opened in (INDEX, ""):
-        bad_tree(f"{id}{'-by-its-folder' if not opened else ''}", lambda: {INDEX: made(), **shards()}, opened,
-                 **expected)  # fmt: skip
+        bad_tree(
+            f"{id}{'-by-its-folder' if not opened else ''}", lambda: {INDEX: made(), **shards()}, opened, **expected
+        )
 
 
 sharded("index-of-a-missing-shard", whole_index)
 for _id, _name in {
-    "up": "../up.safetensors", "absolute": "/etc/passwd", "up-on-windows": "..\\up.safetensors", "folder": "a/b",
-    "nothing": "", "dot": ".", "null": "a\0b", "itself": INDEX, "line-breaks": "a\nb.safetensors",
-    "half-a-letter": "\ud800.safetensors", "very-long": "a" * 5000, "longer-than-a-name": "a" * 300, "drive": "c:x",
-}.items():  # fmt: skip
+    "up": "../up.safetensors",
+    "absolute": "/etc/passwd",
+    "up-on-windows": "..\\up.safetensors",
+    "folder": "a/b",
+    "nothing": "",
+    "dot": ".",
+    "null": "a\0b",
+    "itself": INDEX,
+    "line-breaks": "a\nb.safetensors",
+    "half-a-letter": "\ud800.safetensors",
+    "very-long": "a" * 5000,
+    "longer-than-a-name": "a" * 300,
+    "drive": "c:x",
+}.items():
     sharded(f"index-that-names-{_id}", lambda name=_name: whole_index(name))
 for _id, _text in {
-    "not-json": b"{abc", "empty": b"", "list": b"[]", "no-map": b'{"metadata": {}}',
+    "not-json": b"{abc",
+    "empty": b"",
+    "list": b"[]",
+    "no-map": b'{"metadata": {}}',
     "map-a-list": b'{"weight_map": ["a"]}',
-    "map-empty": b'{"weight_map": {}}', "map-of-numbers": b'{"weight_map": {"a": 5}}', "not-utf8": b"\xff\xfe\x00",
-    "nested": b'{"weight_map": ' + b"[" * 100_000, "map-of-null": b'{"weight_map": null}', "nan": b"NaN",
+    "map-empty": b'{"weight_map": {}}',
+    "map-of-numbers": b'{"weight_map": {"a": 5}}',
+    "not-utf8": b"\xff\xfe\x00",
+    "nested": b'{"weight_map": ' + b"[" * 100_000,
+    "map-of-null": b'{"weight_map": null}',
+    "nan": b"NaN",
     "map-of-maps": b'{"weight_map": {"a": {"b": "c"}}}',
-}.items():  # fmt: skip
+}.items():
     sharded(f"index-{_id}", _text)
 sharded("index-of-30-mb", lambda: b'{"weight_map": {' + b" " * (30 << 20) + b"}}")
 sharded("index-whose-shard-lacks-a-tensor", whole_index, lambda: {SHARD: save(without(openai(), "ln_final.bias"))})
@@ -920,16 +1127,25 @@ sharded("index-whose-shard-is-a-bomb", whole_index, lambda: {SHARD: zipped({"ln_
 sharded("index-whose-shard-is-text", whole_index, lambda: {SHARD: b"hello"})
 sharded("index-of-a-name-with-line-breaks", lambda: index(**{"a\nb": SHARD}), lambda: {SHARD: whole("openai")})
 sharded("index-of-a-name-that-is-not-there", lambda: index(**{"a" * 5000: SHARD}), lambda: {SHARD: whole("openai")})
-sharded("index-of-half-the-tensors", lambda: index(**{n: SHARD for n in OPENAI if n.startswith("visual.")}),
-        lambda: {SHARD: whole("openai")}, info=TOLD)  # fmt: skip
+sharded(
+    "index-of-half-the-tensors",
+    lambda: index(**{n: SHARD for n in OPENAI if n.startswith("visual.")}),
+    lambda: {SHARD: whole("openai")},
+    info=TOLD,
+)
 bad_tree("shard-whose-index-is-damaged", lambda: {INDEX: b"{", SHARD: whole("openai")}, SHARD)
 
 
 def configured(id: str, config: bytes | dict, name: str = "config.json", **expected) -> None:
     """A whole model beside a config that cannot be true of it."""
     text = config if isinstance(config, bytes) else json.dumps(config).encode()
-    bad_tree(f"config-{id}", lambda: {name: text, "model.safetensors": whole("hugging_face")}, "model.safetensors",
-             merge=ANY, **expected)  # fmt: skip
+    bad_tree(
+        f"config-{id}",
+        lambda: {name: text, "model.safetensors": whole("hugging_face")},
+        "model.safetensors",
+        merge=ANY,
+        **expected,
+    )
 
 
 def sections(**changes) -> dict:
@@ -971,12 +1187,22 @@ for _id, _cfg in {
     "layers-a-list": {"vision_cfg": {"width": 16, "layers": [1], "head_width": 16}},
 }.items():
     configured(f"open-clip-{_id}", {"model_cfg": _cfg}, "open_clip_config.json", load=ANY, info=ANY)
-configured("open-clip-huge-width", {"model_cfg": {"vision_cfg": {"width": 10**4000}}}, "open_clip_config.json",
-           load=ANY, info=TOLD)  # fmt: skip
-bad_tree("config-of-siglip-beside-siglip", lambda: {
-    "config.json": b'{"model_type": "siglip"}',
-    "model.safetensors": save(without(hugging_face(), "vision_model.embeddings.class_embedding")),
-}, "", merge=ANY)  # fmt: skip
+configured(
+    "open-clip-huge-width",
+    {"model_cfg": {"vision_cfg": {"width": 10**4000}}},
+    "open_clip_config.json",
+    load=ANY,
+    info=TOLD,
+)
+bad_tree(
+    "config-of-siglip-beside-siglip",
+    lambda: {
+        "config.json": b'{"model_type": "siglip"}',
+        "model.safetensors": save(without(hugging_face(), "vision_model.embeddings.class_embedding")),
+    },
+    "",
+    merge=ANY,
+)
 
 bad_tree("folder-called.safetensors", lambda: {"nothing.txt": b""}, "")
 bad_tree("folder-of-two-models", lambda: {f"{n}.safetensors": whole("openai") for n in "ab"}, "")
@@ -1009,6 +1235,9 @@ other("link-to-itself", "loop.safetensors", lambda folder: (folder / "loop.safet
 other("link-that-leads-out-to-nothing", "out.pt", lambda folder: (folder / "out.pt").symlink_to("../../../nowhere"))
 if not hasattr(os, "geteuid") or os.geteuid() != 0:  # root may read anything
     other("unreadable", "unreadable.safetensors", unreadable)
-for _id, _name in {"of-other-scripts": "модель 模型 🎈.safetensors", "long": "n" * 200 + ".safetensors",
-                   "of-marks": "a 'b' \"c\" {d} %s.pt"}.items():  # fmt: skip
+for _id, _name in {
+    "of-other-scripts": "модель 模型 🎈.safetensors",
+    "long": "n" * 200 + ".safetensors",
+    "of-marks": "a 'b' \"c\" {d} %s.pt",
+}.items():
     other(f"name-{_id}", _name, lambda folder, name=_name: (folder / name).write_bytes(cut("openai", 500)()) and None)

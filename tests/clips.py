@@ -11,24 +11,54 @@ from clip_finetune.engine.clip.full_clip import FullCLIP
 from clip_finetune.engine.clip.network import random_full_clip
 
 TINY = Architecture(
-    embed_dim=32, image_size=32, patch_size=8,
-    vision_width=64, vision_layers=2, vision_heads=2, vision_mlp_width=256,
-    context_length=77, vocab_size=49408, text_width=64, text_layers=2, text_heads=2, text_mlp_width=256,
+    embed_dim=32,
+    image_size=32,
+    patch_size=8,
+    vision_width=64,
+    vision_layers=2,
+    vision_heads=2,
+    vision_mlp_width=256,
+    context_length=77,
+    vocab_size=49408,
+    text_width=64,
+    text_layers=2,
+    text_heads=2,
+    text_mlp_width=256,
     activation="quick_gelu",
-)  # fmt: skip
+)
 # Both towers in files of 50 kB.
 SMALL = Architecture(
-    embed_dim=16, image_size=16, patch_size=8,
-    vision_width=16, vision_layers=1, vision_heads=1, vision_mlp_width=64,
-    context_length=8, vocab_size=64, text_width=16, text_layers=1, text_heads=1, text_mlp_width=64,
+    embed_dim=16,
+    image_size=16,
+    patch_size=8,
+    vision_width=16,
+    vision_layers=1,
+    vision_heads=1,
+    vision_mlp_width=64,
+    context_length=8,
+    vocab_size=64,
+    text_width=16,
+    text_layers=1,
+    text_heads=1,
+    text_mlp_width=64,
     activation="quick_gelu",
-)  # fmt: skip
+)
 VIT_L_14 = Architecture(
-    embed_dim=768, image_size=224, patch_size=14,
-    vision_width=1024, vision_layers=24, vision_heads=16, vision_mlp_width=4096,
-    context_length=77, vocab_size=49408, text_width=768, text_layers=12, text_heads=12, text_mlp_width=3072,
+    embed_dim=768,
+    image_size=224,
+    patch_size=14,
+    vision_width=1024,
+    vision_layers=24,
+    vision_heads=16,
+    vision_mlp_width=4096,
+    context_length=77,
+    vocab_size=49408,
+    text_width=768,
+    text_layers=12,
+    text_heads=12,
+    text_mlp_width=3072,
     activation="quick_gelu",
-)  # fmt: skip
+)
 
 # The text tower that SD and SDXL load, with a vision tower that costs nothing.
 CLIP_L = dataclasses.replace(

@@ -86,8 +86,17 @@ class Server:
 
     def __init__(self):
         self.base = Path(tempfile.mkdtemp(prefix="clip_finetune_comfyui_"))
-        for name in ("custom_nodes", "input", "output", "temp", "user", "datasets", "models/full_clip",
-                     "models/text_encoders", "models/loras"):  # fmt: skip
+        for name in (
+            "custom_nodes",
+            "input",
+            "output",
+            "temp",
+            "user",
+            "datasets",
+            "models/full_clip",
+            "models/text_encoders",
+            "models/loras",
+        ):
             (self.base / name).mkdir(parents=True)
         (self.base / "custom_nodes" / "clip-finetune").symlink_to(PACK, target_is_directory=True)
         shutil.copy(PACK / "tests" / "comfyui_probe.py", self.base / "custom_nodes")
@@ -98,9 +107,21 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        command = [python(), "main.py", "--cpu", "--disable-api-nodes", "--disable-auto-launch",
-                   "--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(self.base),
-                   "--database-url", f"sqlite:///{self.base.as_posix()}/user/comfyui.db"]  # fmt: skip
+        command = [
+            python(),
+            "main.py",
+            "--cpu",
+            "--disable-api-nodes",
+            "--disable-auto-launch",
+            "--listen",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--base-directory",
+            str(self.base),
+            "--database-url",
+            f"sqlite:///{self.base.as_posix()}/user/comfyui.db",
+        ]
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 command, cwd=find_comfyui(), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
@@ -157,8 +178,10 @@ class Server:
     def forget(self) -> None:
         """As after a restart: nothing that ran is remembered. The host does that after a prompt, so one is queued."""
         self.request("/free", {"unload_models": True, "free_memory": True})
-        inputs = {"1": {"class_type": "PrimitiveInt", "inputs": {"value": 1}},
-                  "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}}}  # fmt: skip
+        inputs = {
+            "1": {"class_type": "PrimitiveInt", "inputs": {"value": 1}},
+            "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+        }
         result = self.queue(inputs)
         assert result["status"] == "success", result
 
@@ -166,8 +189,16 @@ class Server:
         import aiohttp
 
         client = uuid.uuid4().hex
-        seen: dict = {"status": "rejected", "error": None, "node_errors": {}, "executed": [], "cached": [],
-                      "previews": [], "texts": {}, "outputs": {}}  # fmt: skip
+        seen: dict = {
+            "status": "rejected",
+            "error": None,
+            "node_errors": {},
+            "executed": [],
+            "cached": [],
+            "previews": [],
+            "texts": {},
+            "outputs": {},
+        }
         address = f"{self.url.replace('http', 'ws', 1)}/ws?clientId={client}"
         async with aiohttp.ClientSession() as session, session.ws_connect(address, max_msg_size=0) as connection:
             await connection.send_json({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
@@ -203,9 +234,16 @@ class Server:
         from playwright.sync_api import sync_playwright
 
         self.request("/settings", {"Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False})
-        flags = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-                 "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-                 "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]  # fmt: skip
+        flags = [
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--disable-dev-shm-usage",
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+        ]
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=find_browser(), args=flags)
             page = browser.new_page(viewport={"width": size[0], "height": size[1]})

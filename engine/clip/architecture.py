@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from ..errors import UserError, one_line, shown
-from .resnet import DOWNSCALING, STAGES, Shape, feature_width, is_resnet, resnet_shapes, resnet_sizes
+from .variants.resnet import DOWNSCALING, STAGES, Shape, feature_width, is_resnet, resnet_shapes, resnet_sizes
 
 Activation = Literal["quick_gelu", "gelu"]
 Parameterization = Literal["linear", "gmp"]
@@ -133,9 +133,10 @@ class Architecture:
         """Every tensor of this CLIP under its OpenAI name, with its shape."""
         a = self
         vision = (
-            resnet_shapes(a.vision_width, a.vision_layers, a.grid, a.embed_dim) if a.resnet
+            resnet_shapes(a.vision_width, a.vision_layers, a.grid, a.embed_dim)
+            if a.resnet
             else _vit_shapes(a, parameterization)
-        )  # fmt: skip
+        )
         shapes: dict[str, Shape] = vision | {
             "token_embedding.weight": (a.vocab_size, a.text_width),
             "positional_embedding": (a.context_length, a.text_width),

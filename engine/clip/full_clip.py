@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import write_safetensors
 from . import names
 from .architecture import (
     ASSUMED_ACTIVATION,
@@ -27,11 +28,10 @@ from .architecture import (
     is_assumption,
     parameterization_of,
 )
-from .files import write_safetensors
 from .health import BROKEN_MERGE, made_by_a_broken_merge
-from .long_clip import LONG_CONTEXT, stretch_context, with_one_table
-from .reading import read_contents
-from .sources import find_source
+from .sources import find_model_source
+from .tensor_files import read_contents
+from .variants.long_clip import LONG_CONTEXT, stretch_context, with_one_table
 
 METADATA_KEY = "clip_finetune"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -119,7 +119,7 @@ def load_full_clip(
         raise UserError(f"The activation {activation!r} is not known; choose auto, quick_gelu or gelu.")
     if context_length not in (None, LONG_CONTEXT):
         raise UserError(f"The context length {context_length} is not known; leave it out, or choose {LONG_CONTEXT}.")
-    found = find_source(source)
+    found = find_model_source(source)
     contents = read_contents(found.path, in_memory=in_memory)
     ours = our_metadata(contents.metadata, found.path)
     try:

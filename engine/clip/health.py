@@ -67,9 +67,10 @@ def describe_text_encoder(tensors: Mapping[str, Tensor]) -> dict:
 
 def _sizes(tensors: Mapping[str, Tensor], hf: bool) -> dict[str, int]:
     token, position, block = (
-        (_MARK, "text_model.embeddings.position_embedding.weight", _LAYER) if hf
+        (_MARK, "text_model.embeddings.position_embedding.weight", _LAYER)
+        if hf
         else ("token_embedding.weight", "positional_embedding", "transformer.resblocks.")
-    )  # fmt: skip
+    )
     layers = {name[len(block) :].split(".")[0] for name in tensors if name.startswith(block)}
     sizes = {"text_layers": len(layers)}
     if token in tensors and tensors[token].ndim == 2:
@@ -102,10 +103,18 @@ def _wanted(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str
     mlp_width = len(mlp) if mlp is not None and mlp.ndim == 1 else 4 * sizes["text_width"]
     tower = Architecture(
         **{"context_length": 77, **sizes, "text_layers": max(1, sizes["text_layers"])},
-        text_mlp_width=mlp_width, text_heads=1, activation="quick_gelu",
+        text_mlp_width=mlp_width,
+        text_heads=1,
+        activation="quick_gelu",
         # Only the text tower is looked at.
-        embed_dim=1, image_size=1, patch_size=1, vision_width=1, vision_layers=1, vision_heads=1, vision_mlp_width=1,
-    )  # fmt: skip
+        embed_dim=1,
+        image_size=1,
+        patch_size=1,
+        vision_width=1,
+        vision_layers=1,
+        vision_heads=1,
+        vision_mlp_width=1,
+    )
     return {name: shape for name, shape in text_shapes(tower).items() if name != "text_projection.weight"}
 
 

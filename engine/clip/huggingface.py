@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import replacing_folder, write_compared
 from ..openai import END, MEAN, START, STD, VOCABULARY
 from . import names
 from .architecture import Architecture
-from .files import replacing_folder, write_compared
 from .full_clip import MIXED, FullCLIP, cast, load_full_clip
 from .gmp import fold_gmp
 

@@ -29,16 +29,22 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import write_safetensors
 from .architecture import Architecture
-from .export import CLIP_G, text_encoder_state_dict, text_sizes
-from .files import write_safetensors
+from .exports import CLIP_G, text_encoder_state_dict, text_sizes
 from .full_clip import DTYPES, FullCLIP, cast
 
 CARRIED = ("attention", "MLP")
 LOST = ("token embeddings", "positions", "layer norms", "biases")
 _TEXT_FIELDS = (
-    "text_width", "text_layers", "text_heads", "text_mlp_width", "vocab_size", "context_length", "activation",
-)  # fmt: skip
+    "text_width",
+    "text_layers",
+    "text_heads",
+    "text_mlp_width",
+    "vocab_size",
+    "context_length",
+    "activation",
+)
 # No element is further off after a conversion to GmP and back in fp32: 2 units in the last place.
 _SAME = 2.0**-22
 _WHOLE = "export the whole text encoder instead (ExportClipL or ExportClipG; clip-finetune export)"

@@ -18,9 +18,9 @@ from .architecture import Architecture, check_shapes
 from .full_clip import FullCLIP, our_metadata
 from .gmp import fold_gmp
 from .health import BROKEN_MERGE, made_by_a_broken_merge
-from .long_clip import LONG_CONTEXT, with_one_table
-from .reading import read_contents
-from .sources import find_source
+from .sources import find_model_source
+from .tensor_files import read_contents
+from .variants.long_clip import LONG_CONTEXT, with_one_table
 
 _PROJECTION = "text_projection"
 _VISION_PROJECTION = "visual.proj"
@@ -132,7 +132,7 @@ class _Piece(NamedTuple):
 def _read(given: str | os.PathLike | Mapping[str, Tensor], source: str) -> _Piece:
     if isinstance(given, Mapping):
         return _Piece(source, given, {}, {})
-    found = find_source(given)
+    found = find_model_source(given)
     contents = read_contents(found.path)
     ours = our_metadata(contents.metadata, found.path)
     if ours is not None:

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ..errors import UserError
 
-_TOWERS = (("visual.transformer.resblocks.", "vision_model.encoder.layers."),
-           ("transformer.resblocks.", "text_model.encoder.layers."))  # fmt: skip
+_TOWERS = (
+    ("visual.transformer.resblocks.", "vision_model.encoder.layers."),
+    ("transformer.resblocks.", "text_model.encoder.layers."),
+)
 _IN_BLOCK = (
     ("ln_1.", "layer_norm1."),
     ("ln_2.", "layer_norm2."),
@@ -64,8 +66,14 @@ _TOKENS = ("text_model.embeddings.token_embedding.weight", "token_embedding.weig
 
 # Bookkeeping that some programs store among the weights.
 _NOT_WEIGHTS = (
-    "input_resolution", "context_length", "vocab_size", "attn_mask", "num_batches_tracked", "mask1", "mask2",
-)  # fmt: skip
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+    "attn_mask",
+    "num_batches_tracked",
+    "mask1",
+    "mask2",
+)
 # What weights are stored in.
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What training and compiling put before every name.

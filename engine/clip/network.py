@@ -16,7 +16,7 @@ from ..errors import UserError, one_line
 from .architecture import Architecture
 from .full_clip import FullCLIP
 from .gmp import GmPLinear
-from .resnet import STAGES, feature_width
+from .variants.resnet import STAGES, feature_width
 
 
 def build_network(full_clip: FullCLIP, *, device="cpu", dtype: torch.dtype = torch.float32) -> nn.Module:

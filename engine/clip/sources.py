@@ -12,16 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, one_line, shown
-from .reading import INDEX_SUFFIX
-from .resnet import feature_width
+from .tensor_files import INDEX_SUFFIX
+from .variants.resnet import feature_width
 
 HUB_PREFIX = "hf-hub:"
 _MAX_CONFIG_BYTES = 1 << 20
 # The files of a folder that are a whole model, the best first.
 _IN_A_FOLDER = (
-    "model.safetensors", f"model.safetensors{INDEX_SUFFIX}", "open_clip_model.safetensors", "pytorch_model.bin",
-    f"pytorch_model.bin{INDEX_SUFFIX}", "open_clip_pytorch_model.bin", "best.safetensors",
-)  # fmt: skip
+    "model.safetensors",
+    f"model.safetensors{INDEX_SUFFIX}",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    f"pytorch_model.bin{INDEX_SUFFIX}",
+    "open_clip_pytorch_model.bin",
+    "best.safetensors",
+)
 _CONFIGS = ("config.json", "open_clip_config.json")
 
 
@@ -34,7 +39,7 @@ class Source:
     told: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def find_source(source: str | os.PathLike) -> Source:
+def find_model_source(source: str | os.PathLike) -> Source:
     """The file behind a path, a folder, or a name such as `ViT-L-14/openai` or `hf-hub:laion/CLIP-ViT-L-14-…`.
 
     Names download from the hub, once. Raises `UserError` with the way out.
@@ -109,9 +114,11 @@ _HF_DEFAULTS = {
     "vision": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
 }
 _HF_NAMES = {
-    "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads",
+    "hidden_size": "width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
     "intermediate_size": "mlp_width",
-}  # fmt: skip
+}
 
 
 def _by_hugging_face(path: Path, towers: Mapping[str, Mapping[str, Any]]) -> Source:
@@ -133,10 +140,15 @@ def _by_hugging_face(path: Path, towers: Mapping[str, Mapping[str, Any]]) -> Sou
 def _told_by_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
     text, vision = _section(config, "text_cfg"), _section(config, "vision_cfg")
     width, head_width, layers = vision.get("width", 768), vision.get("head_width", 64), vision.get("layers", 12)
-    told = _sizes_only({
-        "text_width": text.get("width", 512), "text_layers": text.get("layers", 12), "text_heads": text.get("heads", 8),
-        "vision_width": width, "head_width": head_width,
-    })  # fmt: skip
+    told = _sizes_only(
+        {
+            "text_width": text.get("width", 512),
+            "text_layers": text.get("layers", 12),
+            "text_heads": text.get("heads", 8),
+            "vision_width": width,
+            "head_width": head_width,
+        }
+    )
     if {"vision_width", "head_width"} <= told.keys():
         # The heads of a ResNet, whose layers are a list, are those of its attention pooling.
         told["vision_heads"] = (feature_width(width) if isinstance(layers, list) else width) // head_width

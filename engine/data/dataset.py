@@ -13,12 +13,12 @@ from fractions import Fraction
 from pathlib import Path
 
 from ..errors import UserError
-from .captions import Captions, read_captions
 from .fingerprint import fingerprint_of
-from .picture_files import file_of
-from .places import files_in, inside, relative, starts
-from .reading import Reading
-from .tables import Columns
+from .images.image_files import file_of
+from .images.paths import files_in, inside, relative, starts
+from .readers.parsed import Reading
+from .readers.registry import Captions, read_captions
+from .readers.tables import Columns
 
 _MOST_WEIGHT = 1000
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from .captions import Captions
-from .picture_files import file_of, stat_of
-from .places import relative
+from .images.image_files import file_of, stat_of
+from .images.paths import relative
+from .readers.registry import Captions
 
 if TYPE_CHECKING:
     from .dataset import ClipDataset

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy
 
 from ..errors import UserError
-from .captions import Captions
 from .dataset import ClipDataset
-from .texts import Gathered
+from .readers.caption_texts import Gathered
+from .readers.registry import Captions
 
 # Of every file: a picture that is written again is the same to a run that goes on. 2001-09-09.
 _TIME = 1_000_000_000

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .cache import PictureCache
 from .dataset import ClipDataset
-from .epochs import CaptionPolicy, Epochs, Pair, chance_of
-from .images import BrokenImage, MissingImage
-from .kept_features import KeptFeatures
-from .tokens import Tokenizer
-from .transform import Transform
+from .feature_cache import FeatureCache
+from .images.decoding import BrokenImage, MissingImage
+from .images.image_cache import ImageCache
+from .images.transforms import Transform
+from .sampler import CaptionPolicy, Pair, Sampler, rng_of
+from .tokenizer import Tokenizer
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -55,9 +55,12 @@ class Pictures:
     memory, up to a bound. `broken` are the names and reasons of those that could not be decoded."""
 
     def __init__(
-        self, dataset: ClipDataset, transform: Transform, cache: PictureCache | None = None,
+        self,
+        dataset: ClipDataset,
+        transform: Transform,
+        cache: ImageCache | None = None,
         memory_bytes: int = MEMORY_BYTES,
-    ):  # fmt: skip
+    ):
         self.dataset, self.transform, self.cache = dataset, transform, cache
         self.broken: dict[str, str] = {}
         self._kept: dict[int, Tensor] = {}
@@ -97,13 +100,22 @@ class TrainLoader:
     """Batches of a training. Which pairs a step has depends on the seed and the step alone."""
 
     def __init__(
-        self, dataset: ClipDataset, image_size: int, tokenizer: Tokenizer, batch_size: int, seed: int, *,
-        transform: Transform | None = None, policy: CaptionPolicy | None = None, cache: PictureCache | None = None,
-        max_broken: float = 1.0, kept: KeptFeatures | None = None,
-    ):  # fmt: skip
+        self,
+        dataset: ClipDataset,
+        image_size: int,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        seed: int,
+        *,
+        transform: Transform | None = None,
+        policy: CaptionPolicy | None = None,
+        cache: ImageCache | None = None,
+        max_broken: float = 1.0,
+        kept: FeatureCache | None = None,
+    ):
         self.kept = kept
         self.dataset, self.tokenizer, self.batch_size = dataset, tokenizer, batch_size
-        self.epochs = Epochs(dataset, seed, policy)
+        self.epochs = Sampler(dataset, seed, policy)
         self.steps_per_epoch = self.epochs.length // batch_size
         self.pictures = Pictures(dataset, transform or Transform(image_size=image_size), cache)
         self.max_broken = max_broken
@@ -212,7 +224,7 @@ class TrainLoader:
             return base
         seed = self.epochs.seed
         turn = (seed, epoch, pair.entry, "picture") if self.kept is None else (seed, view, pair.sample, "view")
-        return transform.finish(base, chance_of(*turn))
+        return transform.finish(base, rng_of(*turn))
 
     def _stacked(self, images: list[Tensor]) -> Tensor:
         size = self.pictures.transform.image_size
@@ -264,9 +276,12 @@ def _numbered(values: Sequence[Hashable]) -> Tensor:
 
 
 def _ordered(
-    pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int,
+    pool: ThreadPoolExecutor,
+    function: Callable[[T], R],
+    items: Iterable[T],
+    ahead: int,
     at_hand: Callable[[T], R | None] = lambda item: None,
-) -> Iterator[R]:  # fmt: skip
+) -> Iterator[R]:
     """`function` of each item in order, computed by the pool at most `ahead` items before it is asked for; but what
     `at_hand` gives of an item, if it gives anything, which is cheaper than a turn of a thread."""
     waiting: collections.deque[tuple[Future | None, R | None]] = collections.deque()

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..clip.full_clip import FullCLIP
-from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset
+from ..data.images.image_cache import ImageCache
 from ..errors import UserError
 from .class_names import scored_by_classes, with_classes, with_named_classes
-from .features import EncodedPictures, Encoder, FeatureCache, encode_pictures, require_pictures
+from .encoder import EncodedImages, Encoder, EncodingCache, encode_images, require_images
 from .zero_shot import class_features, sentences_of
 
 BINS = 15
@@ -52,20 +52,24 @@ def calibrate_logit_scale(
     device: torch.device | str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     check_cancelled: Callable[[], None] = lambda: None,
-    cache: PictureCache | None = None,
-    features: FeatureCache | None = None,
+    cache: ImageCache | None = None,
+    features: EncodingCache | None = None,
 ) -> Calibration:
     """The best `exp(logit_scale)` for a data set: over its classes if all of it has some, else over its captions, the
     first one of each picture. Raises `UserError` if there are not two answers at least."""
-    require_pictures(dataset)
+    require_images(dataset)
     encoder = Encoder.of(
-        full_clip, device=device, on_progress=on_progress, check_cancelled=check_cancelled, cache=cache,
+        full_clip,
+        device=device,
+        on_progress=on_progress,
+        check_cancelled=check_cancelled,
+        cache=cache,
         features=features,
-    )  # fmt: skip
-    return calibration_of(encoder, dataset, encode_pictures(encoder, dataset))
+    )
+    return calibration_of(encoder, dataset, encode_images(encoder, dataset))
 
 
-def calibration_of(encoder: Encoder, dataset: ClipDataset, pictures: EncodedPictures) -> Calibration:
+def calibration_of(encoder: Encoder, dataset: ClipDataset, pictures: EncodedImages) -> Calibration:
     """The same with a network that is already there and its pictures."""
     labelled = scored_by_classes(dataset)
     dataset, told = with_classes(dataset) if labelled else with_named_classes(dataset)
@@ -80,12 +84,17 @@ def calibration_of(encoder: Encoder, dataset: ClipDataset, pictures: EncodedPict
     if best in (LOWEST, HIGHEST):
         notes.append("The best temperature lies beyond all bounds: there are too few pictures to tell it.")
     return Calibration(
-        len(rows), len(answers), stored, best, calibration_error(cosines * stored, right),
-        calibration_error(cosines * best, right), tuple(notes),
-    )  # fmt: skip
+        len(rows),
+        len(answers),
+        stored,
+        best,
+        calibration_error(cosines * stored, right),
+        calibration_error(cosines * best, right),
+        tuple(notes),
+    )
 
 
-def _classes(dataset: ClipDataset, pictures: EncodedPictures) -> tuple[list[int], Tensor, Sequence[str]]:
+def _classes(dataset: ClipDataset, pictures: EncodedImages) -> tuple[list[int], Tensor, Sequence[str]]:
     """Rows of pictures that have a class, right answers bool [rows, classes], and the classes."""
     labels = [sorted({dataset.labels[index] for index in samples} - {None}) for samples in pictures.samples]
     rows = _spread([row for row, found in enumerate(labels) if found], _MOST_LABELLED)
@@ -95,7 +104,7 @@ def _classes(dataset: ClipDataset, pictures: EncodedPictures) -> tuple[list[int]
     return rows, right, dataset.class_names
 
 
-def _captions(dataset: ClipDataset, pictures: EncodedPictures) -> tuple[list[int], Tensor, list[str]]:
+def _captions(dataset: ClipDataset, pictures: EncodedImages) -> tuple[list[int], Tensor, list[str]]:
     """Rows, right answers, and the distinct first captions."""
     rows = _spread(list(range(len(pictures.samples))), _MOST_PAIRS)
     firsts = [dataset.training_captions(pictures.samples[row][0])[0] for row in rows]

@@ -12,11 +12,11 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ..data.captions import Captions
 from ..data.dataset import ClipDataset
-from ..data.places import files_in
-from ..data.texts import in_lines
-from ..data.tree import is_picture
+from ..data.images.folder_tree import is_image
+from ..data.images.paths import files_in
+from ..data.readers.caption_texts import in_lines
+from ..data.readers.registry import Captions
 from ..errors import UserError, one_line, shown
 
 TEST = "test"
@@ -78,7 +78,7 @@ def _by_number(top: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for images, part in itertools.product(("", "images"), _PICTURE_FOLDERS):
         folder = os.path.join(images, part)
-        for name in sorted(filter(is_picture, files_in(str(top / folder)))):
+        for name in sorted(filter(is_image, files_in(str(top / folder)))):
             if number := _number(name):
                 found.setdefault(number, os.path.join(folder, name).replace(os.sep, "/"))
     return found

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..clip.full_clip import FullCLIP
-from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset
+from ..data.images.image_cache import ImageCache
 from ..report.comparison_charts import comparison_chart
 from ..report.tables import table
 from .calibration import Calibration, calibration_of
@@ -26,9 +26,9 @@ from .drift import (
     require_one_architecture,
     weight_drift,
 )
-from .features import Encoder, FeatureCache, require_pictures
+from .encoder import Encoder, EncodingCache, require_images
 from .geometry import Axes, Geometry, axes_of, embed, geometry_of
-from .together import notes_of
+from .suite import notes_of
 
 # Provisional: chosen by reason, not yet held against pictures that people judged.
 COLLAPSED = 0.5  # of the baseline's effective rank, or separation, left: most of what told things apart is gone
@@ -129,10 +129,13 @@ class Comparison:
 
     def _rows_of_measures(self) -> list[dict[str, str]]:
         rows = [
-            {"embeddings": words} | {name: digits.format(getattr(found, field))
-                                     for name, found in (("baseline", self.baseline), ("model", self.model))}
+            {"embeddings": words}
+            | {
+                name: digits.format(getattr(found, field))
+                for name, found in (("baseline", self.baseline), ("model", self.model))
+            }
             for words, field, digits in _MEASURES
-        ]  # fmt: skip
+        ]
         both = (("baseline", self.calibration_baseline), ("model", self.calibration_model))
         for words, field, digits in _TEMPERATURE:
             rows.append({"embeddings": words} | {name: digits.format(getattr(found, field)) for name, found in both})
@@ -143,10 +146,13 @@ class Comparison:
         for state, positions in self.conditioning.states.items():
             rows.append({"what image models read": f"{self.conditioning.readers[state]}: {STATES[state]}"})
             for position, moved in positions.items():
-                rows.append({
-                    "what image models read": f"  of {position}", "cosine": f"{moved.cosine:.4f}",
-                    "change": f"{moved.relative_l2:.1%}",
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "what image models read": f"  of {position}",
+                        "cosine": f"{moved.cosine:.4f}",
+                        "change": f"{moved.relative_l2:.1%}",
+                    }
+                )
         return rows
 
     def _rows_of_weights(self) -> list[dict[str, str]]:
@@ -168,8 +174,8 @@ def compare_full_clips(
     device: torch.device | str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     check_cancelled: Callable[[], None] = lambda: None,
-    cache: PictureCache | None = None,
-    features: FeatureCache | None = None,
+    cache: ImageCache | None = None,
+    features: EncodingCache | None = None,
 ) -> Comparison:
     """Measure both models on a data set and on prompts; each picture is encoded once by each model.
 
@@ -177,7 +183,7 @@ def compare_full_clips(
     `BrokenModel` for a model that computes NaN.
     """
     require_one_architecture(full_clip, baseline)
-    require_pictures(dataset)
+    require_images(dataset)
     prompts, notes = chosen_prompts(prompts)
     weights = weight_drift(full_clip, baseline, check_cancelled=check_cancelled)
     axes, measured = None, []
@@ -199,9 +205,10 @@ def compare_full_clips(
         )
     conditioning = compare_states(after.states, before.states, full_clip.architecture, notes)
     notes = [
-        *notes_of(after.geometry, before.geometry), *conditioning.notes,
+        *notes_of(after.geometry, before.geometry),
+        *conditioning.notes,
         *notes_of(after.calibration, before.calibration),
-    ]  # fmt: skip
+    ]
     health, verdict = judge(before.geometry, after.geometry, weights, conditioning)
     return Comparison(
         baseline=before.geometry,

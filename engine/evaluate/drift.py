@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from ..clip import names
 from ..clip.architecture import Architecture
-from ..clip.export import CLIP_G, CLIP_L, text_sizes
+from ..clip.exports import CLIP_G, CLIP_L, text_sizes
 from ..clip.full_clip import FullCLIP
 from ..clip.gmp import gmp_to_weight
 from ..errors import UserError
 from ..openai import END
-from .features import BATCH, BrokenModel, Encoder
+from .encoder import BATCH, BrokenModel, Encoder
 
 # A user's list of prompts is cut to this many: their states of the baseline are kept in memory.
 MOST_PROMPTS = 256
@@ -46,7 +46,7 @@ PROMPTS = (
     "minimalist logo of a fox, flat vector, orange and white",
     "a crowded street market in Bangkok with food stalls, umbrellas and motorbikes, late afternoon sun, a woman in a "
     "yellow raincoat buying mangoes, steam rising from pots, signs in many languages, wires overhead, wide-angle lens",
-)  # fmt: skip
+)
 # What image models read of each text tower, and which ones: ComfyUI's loaders, as they stand in 2026.
 READERS = {
     CLIP_L: {"penultimate": "SDXL, SD3", "last": "SD1.5", "pooled": "Flux, SD3, HunyuanVideo"},

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..clip.full_clip import FullCLIP
-from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset
+from ..data.images.image_cache import ImageCache
 from ..errors import UserError
 from .class_names import with_named_classes
-from .features import EncodedPictures, Encoder, FeatureCache, encode_pictures, require_pictures
+from .encoder import EncodedImages, Encoder, EncodingCache, encode_images, require_images
 
 BINS = 400  # of the histograms of cosines, from -1 to 1
 # What needs each pair of rows is measured on this many of them, drawn by a fixed seed, if there are more.
@@ -31,7 +31,7 @@ _SAMPLE_SEED = 0
 class Embedded(NamedTuple):
     """One model's distinct pictures and texts: rows of length 1, `relevant[i]` the texts of picture i."""
 
-    pictures: EncodedPictures
+    pictures: EncodedImages
     texts: Tensor
     relevant: list[list[int]]
 
@@ -91,16 +91,20 @@ def eval_geometry(
     device: torch.device | str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     check_cancelled: Callable[[], None] = lambda: None,
-    cache: PictureCache | None = None,
-    features: FeatureCache | None = None,
+    cache: ImageCache | None = None,
+    features: EncodingCache | None = None,
 ) -> Geometry:
     """The geometry of one model on axes of its own. Raises `UserError` for a data set with fewer than two distinct
     pictures or texts."""
-    require_pictures(dataset)
+    require_images(dataset)
     encoder = Encoder.of(
-        full_clip, device=device, on_progress=on_progress, check_cancelled=check_cancelled, cache=cache,
+        full_clip,
+        device=device,
+        on_progress=on_progress,
+        check_cancelled=check_cancelled,
+        cache=cache,
         features=features,
-    )  # fmt: skip
+    )
     embedded = embed(encoder, dataset)
     return geometry_of(embedded, axes_of(embedded), check_cancelled=check_cancelled)
 
@@ -111,7 +115,7 @@ def embed(encoder: Encoder, dataset: ClipDataset) -> Embedded:
     Raises `UserError` if there are fewer than two of either.
     """
     dataset, notes = with_named_classes(dataset)
-    pictures = encode_pictures(encoder, dataset)
+    pictures = encode_images(encoder, dataset)
     numbers: dict[str, int] = {}
     relevant = []
     for samples in pictures.samples:

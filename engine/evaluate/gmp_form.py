@@ -13,7 +13,7 @@ from torch import Tensor
 from ..clip.full_clip import FullCLIP
 from ..report.comparison_charts import gmp_chart
 from .drift import require_one_architecture
-from .features import BrokenModel
+from .encoder import BrokenModel
 
 QUANTILES = (0.05, 0.5, 0.95)  # of r, and of the angles
 THETA_QUANTILES = (0.001, 0.05, 0.5, 0.95, 0.999)
@@ -77,21 +77,34 @@ class GmPForm:
 
         def numbers(layers: Sequence[LayerForm]) -> list[dict[str, Any]]:
             return [
-                {"tower": found.tower, "depth": found.depth, "layer": found.layer, "r": found.r, "theta": found.theta,
-                 "turned": found.turned, "histogram": (edges, found.theta_histogram)}
+                {
+                    "tower": found.tower,
+                    "depth": found.depth,
+                    "layer": found.layer,
+                    "r": found.r,
+                    "theta": found.theta,
+                    "turned": found.turned,
+                    "histogram": (edges, found.theta_histogram),
+                }
                 for found in layers
-            ]  # fmt: skip
+            ]
 
         return gmp_chart(numbers(self.before) or None, numbers(self.layers), title=self.sentence)
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "layers": [
-                {"tower": found.tower, "depth": found.depth, "layer": found.layer, "r": list(found.r),
-                 "theta": list(found.theta), "turned": found.turned and list(found.turned)}
+                {
+                    "tower": found.tower,
+                    "depth": found.depth,
+                    "layer": found.layer,
+                    "r": list(found.r),
+                    "theta": list(found.theta),
+                    "turned": found.turned and list(found.turned),
+                }
                 for found in self.layers
             ]
-        }  # fmt: skip
+        }
 
 
 def gmp_form(

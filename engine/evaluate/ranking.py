@@ -11,7 +11,7 @@ import torch
 
 from ..clip.full_clip import FullCLIP
 from ..errors import UserError
-from .features import Encoder, FeatureCache
+from .encoder import Encoder, EncodingCache
 
 _MOST_TEXTS = 1000
 
@@ -48,7 +48,7 @@ def rank_captions(
     texts: Sequence[str],
     *,
     device: torch.device | str | None = None,
-    features: FeatureCache | None = None,
+    features: EncodingCache | None = None,
 ) -> Ranking:
     """Rank texts for a picture (PIL's, of any mode and size), which becomes a square as in the model's training.
 

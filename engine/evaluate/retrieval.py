@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..clip.full_clip import FullCLIP
-from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset
+from ..data.images.image_cache import ImageCache
 from ..errors import UserError
 from .class_names import with_named_classes
-from .features import EncodedPictures, Encoder, FeatureCache, encode_pictures, require_pictures
+from .encoder import EncodedImages, Encoder, EncodingCache, encode_images, require_images
 
 KS = (1, 5, 10)
 _ROWS, _COLUMNS = 1024, 4096  # of the similarity matrix, of which one such block is in memory
@@ -55,11 +55,11 @@ def eval_retrieval(
     device: torch.device | str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     check_cancelled: Callable[[], None] = lambda: None,
-    cache: PictureCache | None = None,
-    features: FeatureCache | None = None,
+    cache: ImageCache | None = None,
+    features: EncodingCache | None = None,
 ) -> RetrievalResult:
     """Retrieval over a captioned data set; raises `UserError` for one without captions."""
-    require_pictures(dataset)
+    require_images(dataset)
     if not dataset.has_captions:
         raise UserError(
             f"{dataset.name} has class folders but no captions, so retrieval cannot be measured on it; measure "
@@ -67,21 +67,25 @@ def eval_retrieval(
         )
     dataset, told = with_named_classes(dataset)
     encoder = Encoder.of(
-        full_clip, device=device, on_progress=on_progress, check_cancelled=check_cancelled, cache=cache,
+        full_clip,
+        device=device,
+        on_progress=on_progress,
+        check_cancelled=check_cancelled,
+        cache=cache,
         features=features,
-    )  # fmt: skip
+    )
     found = retrieval_of(encoder, dataset)
     return dataclasses.replace(found, notes=(*told, *found.notes))
 
 
-def retrieval_of(encoder: Encoder, dataset: ClipDataset, *, pictures: EncodedPictures | None = None) -> RetrievalResult:
+def retrieval_of(encoder: Encoder, dataset: ClipDataset, *, pictures: EncodedImages | None = None) -> RetrievalResult:
     """Retrieval with a network that is already there, and its pictures if they were encoded before; a sample that has
     only a class is captioned by it.
 
     A caption that several pictures have is one text, and right for each of them; a picture that is there twice is one
     picture with the captions of both.
     """
-    pictures = pictures or encode_pictures(encoder, dataset)
+    pictures = pictures or encode_images(encoder, dataset)
     numbers: dict[str, int] = {}
     relevant = []
     for samples in pictures.samples:

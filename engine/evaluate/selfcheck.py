@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from ..clip.full_clip import FullCLIP
-from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset, load_dataset
+from ..data.images.image_cache import ImageCache
 from ..errors import UserError
 from ..report.tables import table
 from .coco import SPLIT_FILES, karpathy_test
-from .features import Encoder, encode_pictures
+from .encoder import Encoder, encode_images
 from .retrieval import retrieval_of
 from .zero_shot import zero_shot_of
 
@@ -84,7 +84,7 @@ def selfcheck(
     coco: str | os.PathLike | None = None,
     published: Sequence[Figure] = PUBLISHED,
     device: torch.device | str | None = None,
-    cache: PictureCache | None = None,
+    cache: ImageCache | None = None,
     on_note: Callable[[str], None] = lambda note: None,
     check_cancelled: Callable[[], None] = lambda: None,
 ) -> SelfCheck:
@@ -104,9 +104,11 @@ def selfcheck(
     for activation in (own, *(other for other in ACTIVATIONS if other != own)):
         architecture = dataclasses.replace(full_clip.architecture, activation=activation)
         encoder = Encoder.of(
-            dataclasses.replace(full_clip, architecture=architecture), device=device, cache=cache,
+            dataclasses.replace(full_clip, architecture=architecture),
+            device=device,
+            cache=cache,
             check_cancelled=check_cancelled,
-        )  # fmt: skip
+        )
         measured[activation] = {}
         for name, dataset in sets.items():
             on_note(f"{name} with {activation}: {len(dataset)} pictures.")
@@ -159,7 +161,7 @@ def _require_size(figure: Figure, dataset: ClipDataset) -> None:
 
 
 def _measured(name: str, encoder: Encoder, dataset: ClipDataset) -> tuple[dict[str, float], Sequence[str]]:
-    pictures = encode_pictures(encoder, dataset)
+    pictures = encode_images(encoder, dataset)
     if name == "imagenet":
         zero_shot = zero_shot_of(encoder, dataset, pictures=pictures)
         return {"ImageNet zero-shot top 1": zero_shot.top1}, zero_shot.notes
@@ -186,9 +188,10 @@ def judge(own: str, figures: Sequence[Figure], measured: Mapping[str, Mapping[st
         )
     far = max(figures, key=lambda figure: abs(measured[own][figure.name] - figure.value) - figure.tolerance)
     nearer = [
-        activation for activation in others
+        activation
+        for activation in others
         if _distance(measured[activation], figures) < _distance(measured[own], figures)
-    ]  # fmt: skip
+    ]
     return False, (
         f"The published figures are not reached with either activation: {far.name} is {measured[own][far.name]:.1%} "
         f"and not {far.value:.1%}"

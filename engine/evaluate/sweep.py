@@ -10,14 +10,14 @@ import torch
 
 from ..clip.blend import blend
 from ..clip.full_clip import FullCLIP
-from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset
+from ..data.images.image_cache import ImageCache
 from ..errors import UserError
 from ..report.comparison_charts import sweep_chart
 from ..report.tables import table
 from .class_names import scored_by_classes
 from .drift import require_one_architecture
-from .features import FeatureCache, require_pictures
+from .encoder import EncodingCache, require_images
 from .retrieval import eval_retrieval
 from .zero_shot import eval_zero_shot
 
@@ -74,9 +74,13 @@ class SweepResult:
         """PIL, RGB: the scores along the way, and the frontier if there is a general set."""
         floor = None if self.general_measure is None else self.points[0].general - ALLOWED_LOSS
         return sweep_chart(
-            self.points, self.alpha, measure=self.measure, general_measure=self.general_measure, floor=floor,
+            self.points,
+            self.alpha,
+            measure=self.measure,
+            general_measure=self.general_measure,
+            floor=floor,
             title=self.sentence,
-        )  # fmt: skip
+        )
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -99,8 +103,8 @@ def blend_sweep(
     device: torch.device | str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     check_cancelled: Callable[[], None] = lambda: None,
-    cache: PictureCache | None = None,
-    features: FeatureCache | None = None,
+    cache: ImageCache | None = None,
+    features: EncodingCache | None = None,
 ) -> SweepResult:
     """Measure `steps` blends, evenly spaced, on a data set and a general one: zero-shot accuracy where all samples
     have classes (`scored_by_classes`), else retrieval. Raises `UserError`, also for two architectures, and
@@ -110,7 +114,7 @@ def blend_sweep(
         raise UserError(f"steps is {steps}; give 2 at least, for the baseline and the model.")
     sets = [dataset] if general is None else [dataset, general]
     for found in sets:
-        require_pictures(found)
+        require_images(found)
     measures = [measure_of(found) for found in sets]
     passes, points, notes = steps * len(sets), [], {}
     for step in range(steps):
@@ -163,15 +167,16 @@ def choose(points: Sequence[Point]) -> float:
     """The alpha of the highest score among the points that lose no more than `ALLOWED_LOSS` of the baseline's (the
     first point's) general score; of equal ones the smallest alpha, which is nearest to the baseline."""
     allowed = [
-        point for point in points
-        if point.general is None or point.general >= points[0].general - ALLOWED_LOSS - _EQUAL
-    ]  # fmt: skip
+        point for point in points if point.general is None or point.general >= points[0].general - ALLOWED_LOSS - _EQUAL
+    ]
     best = max(point.score for point in allowed)
     return min(point.alpha for point in allowed if point.score >= best - _EQUAL)
 
 
 def rule_in_words(name: str, general: str | None) -> str:
-    kept = "" if general is None else (
-        f" among the blends that lose at most {100 * ALLOWED_LOSS:g} point of the baseline's score on {general}"
-    )  # fmt: skip
+    kept = (
+        ""
+        if general is None
+        else (f" among the blends that lose at most {100 * ALLOWED_LOSS:g} point of the baseline's score on {general}")
+    )
     return f"The highest score on {name}{kept}; of equal ones the smallest alpha."

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..clip.full_clip import FullCLIP
-from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset
+from ..data.images.image_cache import ImageCache
 from ..errors import UserError
 from .class_names import with_classes
-from .features import BATCH, EncodedPictures, Encoder, FeatureCache, encode_pictures, require_pictures
+from .encoder import BATCH, EncodedImages, Encoder, EncodingCache, encode_images, require_images
 from .intervals import bootstrap_interval
 
 TEMPLATES = ("openai-80", "simple", "none", "custom")
@@ -80,21 +80,25 @@ def eval_zero_shot(
     device: torch.device | str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     check_cancelled: Callable[[], None] = lambda: None,
-    cache: PictureCache | None = None,
-    features: FeatureCache | None = None,
+    cache: ImageCache | None = None,
+    features: EncodingCache | None = None,
 ) -> ZeroShotResult:
     """Zero-shot accuracy over a labelled data set; raises `UserError` for one without at least two classes. With the
     protocol "published" also the figure that was published for fine-tunes, which is another thing."""
     require_classes(with_classes(dataset)[0])  # before a network is built for nothing
     encoder = Encoder.of(
-        full_clip, device=device, on_progress=on_progress, check_cancelled=check_cancelled, cache=cache,
+        full_clip,
+        device=device,
+        on_progress=on_progress,
+        check_cancelled=check_cancelled,
+        cache=cache,
         features=features,
-    )  # fmt: skip
+    )
     return zero_shot_of(encoder, dataset, templates=templates, custom_templates=custom_templates, protocol=protocol)
 
 
 def require_classes(dataset: ClipDataset) -> None:
-    require_pictures(dataset)
+    require_images(dataset)
     if len(dataset.class_names) < 2:
         found = "no classes" if not dataset.class_names else "a single class"
         raise UserError(
@@ -110,7 +114,7 @@ def zero_shot_of(
     templates: str = "openai-80",
     custom_templates: Sequence[str] = (),
     protocol: str = "whole set",
-    pictures: EncodedPictures | None = None,
+    pictures: EncodedImages | None = None,
 ) -> ZeroShotResult:
     """Zero-shot accuracy with a network that is already there, and its pictures if they were encoded before.
 
@@ -122,7 +126,7 @@ def zero_shot_of(
     dataset, notes = with_classes(dataset)
     require_classes(dataset)
     sentences = sentences_of(templates, custom_templates)
-    pictures = pictures or encode_pictures(encoder, dataset)
+    pictures = pictures or encode_images(encoder, dataset)
     classifier = class_features(encoder, dataset.class_names, sentences)
     right = right_classes(dataset, pictures.samples)
     require_labelled(right, dataset)

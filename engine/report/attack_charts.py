@@ -6,7 +6,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from .canvas import DPI, GROUND, INK, TOP, add_legend, canvas, colours_of, dress, picture_of
+from .canvas import DPI, GROUND, INK, TOP, add_legend, canvas, colours_of, dress, figure_to_image
 from .contact_sheet import contact_sheet, font, wrapped
 
 _WIDTH = 892  # pixels; four pictures of a contact sheet side by side
@@ -29,7 +29,7 @@ def share_chart(
     figure = canvas((_WIDTH / DPI, height))
     if not rows:
         _draw_groups(figure.add_subplot(), groups, title, intervals or {})
-        return picture_of(figure)
+        return figure_to_image(figure)
     grid = figure.add_gridspec(2, len(lists), height_ratios=[_BARS_HEIGHT / DPI, rows * _ROW + 0.9])
     _draw_groups(figure.add_subplot(grid[0, :]), groups, title, intervals or {})
     most = max(count for pairs in lists.values() for *_, count in pairs)
@@ -42,7 +42,7 @@ def share_chart(
         axes.set_yticks(range(len(pairs)), labels, parse_math=False)
         axes.set(xlim=(0, most * 1.15), ylim=(rows - 0.4, -0.6), xticks=[])
         axes.grid(visible=False)
-    return picture_of(figure)
+    return figure_to_image(figure)
 
 
 def attack_chart(
@@ -64,9 +64,13 @@ def attack_chart(
 
 
 def ranking_chart(
-    picture, texts: Sequence[str], shares: Mapping[str, Sequence[float]], cosines: Mapping[str, Sequence[float]],
-    *, title: str = "",
-):  # fmt: skip
+    picture,
+    texts: Sequence[str],
+    shares: Mapping[str, Sequence[float]],
+    cosines: Mapping[str, Sequence[float]],
+    *,
+    title: str = "",
+):
     """A picture (PIL) beside the shares (0 to 1) that each model, by its name, gives the texts, in their order; the
     cosine stands behind each bar. More than twelve texts are told in words."""
     names, shown = list(shares), list(texts[:_MOST_ROWS])
@@ -92,7 +96,7 @@ def ranking_chart(
     axes.grid(axis="y", visible=False)
     if len(names) > 1:
         add_legend(axes, loc="upper right", ncols=len(names))
-    return picture_of(figure)
+    return figure_to_image(figure)
 
 
 def _draw_groups(axes, groups, title: str, intervals) -> None:
@@ -110,9 +114,15 @@ def _draw_groups(axes, groups, title: str, intervals) -> None:
             tops.append(max(high, value))
         for bar, value, top in zip(drawn, values, tops, strict=True):
             if not math.isnan(value):
-                axes.annotate(f"{value:.1f}", (bar.get_x() + bar.get_width() / 2, top), (0, 3), color=INK,
-                              textcoords="offset points", ha="center", fontsize=12 if len(names) * len(groups) <= 12
-                              else 9)  # fmt: skip
+                axes.annotate(
+                    f"{value:.1f}",
+                    (bar.get_x() + bar.get_width() / 2, top),
+                    (0, 3),
+                    color=INK,
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=12 if len(names) * len(groups) <= 12 else 9,
+                )
     dress(axes, title)
     labels = ["\n".join(textwrap.wrap(label, 18, break_on_hyphens=False)) for label in groups]
     axes.set_xticks(range(len(groups)), labels, fontsize=13 if len(groups) <= 4 else 10, parse_math=False)

@@ -49,7 +49,7 @@ def add_legend(axes, **where) -> None:
         text.set(color=INK, parse_math=False)
 
 
-def picture_of(figure):
+def figure_to_image(figure):
     """The figure drawn, as PIL RGB."""
     from PIL import Image
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .canvas import BLUE, GREEN, GREY, INK, ORANGE, TOP, add_legend, canvas, colours_of, dress, picture_of
+from .canvas import BLUE, GREEN, GREY, INK, ORANGE, TOP, add_legend, canvas, colours_of, dress, figure_to_image
 
 _SIZE = (7.68, 4.8)  # inches
 _NAMED_CLASSES = 24
@@ -27,8 +27,13 @@ def loss_chart(steps: Sequence[Mapping[str, Any]], validations: Sequence[Mapping
         axes.plot(xs, losses, color=BLUE, alpha=0.35, linewidth=1)
         axes.plot(xs, _running_mean(losses), color=BLUE, linewidth=2.5, label="training loss")
         rates = axes.twinx()
-        rates.plot([line["step"] for line in thin], [max(line["learning_rate"].values()) for line in thin],
-                   color=GREY, linewidth=1, linestyle=":")  # fmt: skip
+        rates.plot(
+            [line["step"] for line in thin],
+            [max(line["learning_rate"].values()) for line in thin],
+            color=GREY,
+            linewidth=1,
+            linestyle=":",
+        )
         rates.set_axis_off()
     else:
         axes.text(0.5, 0.5, "no step yet", transform=axes.transAxes, ha="center", va="center", color=GREY, fontsize=16)
@@ -40,7 +45,7 @@ def loss_chart(steps: Sequence[Mapping[str, Any]], validations: Sequence[Mapping
         axes.plot(*best, color=GREEN, marker="*", markersize=16, linestyle="none", label=f"best: step {best[0]}")
     if known or points:
         add_legend(axes, loc="best")
-    return picture_of(figure)
+    return figure_to_image(figure)
 
 
 def recall_chart(validations: Sequence[Mapping[str, Any]], *, title: str = "Recall at 1 on the validation pictures"):
@@ -57,10 +62,10 @@ def recall_chart(validations: Sequence[Mapping[str, Any]], *, title: str = "Reca
         axes.axvline(best, color=GREEN, linestyle="--", linewidth=1.5, label=f"lowest loss: step {best}")
     axes.set_ylim(bottom=0)
     add_legend(axes, loc="best")
-    return picture_of(figure)
+    return figure_to_image(figure)
 
 
-def rates_chart(steps: Sequence[Mapping[str, Any]], *, title: str = "Learning rate of each group"):
+def learning_rate_chart(steps: Sequence[Mapping[str, Any]], *, title: str = "Learning rate of each group"):
     """The learning rates of metrics.jsonl's steps; groups that have the same ones share a curve."""
     figure, axes = _figure(title)
     axes.set(xlabel="step", ylabel="learning rate")
@@ -71,15 +76,20 @@ def rates_chart(steps: Sequence[Mapping[str, Any]], *, title: str = "Learning ra
     colours = (BLUE, ORANGE, GREEN, GREY)
     for number, (rates, groups) in enumerate(curves.items()):
         label = groups[0] if len(groups) == 1 else f"{groups[0]} and {len(groups) - 1} more"
-        axes.plot([line["step"] for line in thin], [math.nan if rate is None else rate for rate in rates], linewidth=2,
-                  color=colours[number % 4], linestyle=("-", "--", ":")[number // 4 % 3],
-                  label=label if number < _NAMED_CURVES else None)  # fmt: skip
+        axes.plot(
+            [line["step"] for line in thin],
+            [math.nan if rate is None else rate for rate in rates],
+            linewidth=2,
+            color=colours[number % 4],
+            linestyle=("-", "--", ":")[number // 4 % 3],
+            label=label if number < _NAMED_CURVES else None,
+        )
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     axes.yaxis.get_offset_text().set_color(INK)
     axes.set_ylim(bottom=0)
     if curves:
         add_legend(axes)
-    return picture_of(figure)
+    return figure_to_image(figure)
 
 
 def bar_chart(groups: Mapping[str, Mapping[str, float]], *, title: str = ""):
@@ -102,7 +112,7 @@ def bar_chart(groups: Mapping[str, Mapping[str, float]], *, title: str = ""):
     axes.grid(axis="x", visible=False)
     if len(names) > 1:
         add_legend(axes, loc="upper center", ncols=len(names))
-    return picture_of(figure)
+    return figure_to_image(figure)
 
 
 def dataset_chart(
@@ -134,7 +144,7 @@ def dataset_chart(
     panels["shapes"].set_xticks(list(shapes.values()), list(shapes))
     for axes in panels.values():
         axes.grid(axis="x", visible=False)
-    return picture_of(figure)
+    return figure_to_image(figure)
 
 
 def _draw_token_counts(axes, token_counts: Mapping[int, int], context_length: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from .canvas import BLUE, GREEN, GREY, INK, ORANGE, add_legend, canvas, dress, picture_of
+from .canvas import BLUE, GREEN, GREY, INK, ORANGE, add_legend, canvas, dress, figure_to_image
 
 _LARGE = (10.24, 9.0)
 _LETTERS = 12
@@ -30,7 +30,7 @@ def comparison_chart(
     _draw_histograms(cosines, histograms)
     _draw_states(read, states)
     _draw_layers(weights, layers)
-    return picture_of(figure)
+    return figure_to_image(figure)
 
 
 def _draw_points(axes, points: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> None:
@@ -43,8 +43,15 @@ def _draw_points(axes, points: Mapping[str, Mapping[str, Sequence[tuple[float, f
                 size = 26 if len(places) <= 200 else 12
                 new = dict(color=colours[kind], linewidths=0)
                 look = dict(facecolors="none", edgecolors=INK, linewidths=0.8, zorder=3) if old else new
-                axes.scatter(xs, ys, size, marker="o" if kind == "pictures" else "s", alpha=0.6 if old else 0.8,
-                             label=f"{kind}, {model}", **look)  # fmt: skip
+                axes.scatter(
+                    xs,
+                    ys,
+                    size,
+                    marker="o" if kind == "pictures" else "s",
+                    alpha=0.6 if old else 0.8,
+                    label=f"{kind}, {model}",
+                    **look,
+                )
     dress(axes, "Pictures and texts, on the baseline's axes", _LETTERS)
     axes.tick_params(labelsize=_LETTERS - 3)
     _legend_above(axes, 0.25, ncols=2)
@@ -65,8 +72,15 @@ def _draw_histograms(axes, histograms: Mapping[str, Mapping[str, Sequence[int]]]
             low, high = min(low, edges[there[0]]), max(high, edges[there[-1] + 1])
             densities = [count / total / step for count in grouped]
             new = model != "baseline"
-            axes.stairs(densities, edges, color=colours[kind], fill=new, alpha=0.55 if new else 1.0,
-                        linewidth=0 if new else 1.8, label=f"{kind}, {model}")  # fmt: skip
+            axes.stairs(
+                densities,
+                edges,
+                color=colours[kind],
+                fill=new,
+                alpha=0.55 if new else 1.0,
+                linewidth=0 if new else 1.8,
+                label=f"{kind}, {model}",
+            )
     if low < high:
         room = 0.05 * (high - low)
         axes.set_xlim(low - room, high + room)
@@ -90,8 +104,9 @@ def _draw_states(axes, states: Mapping[str, Mapping[str, float]]) -> None:
         there = [(place, found[position]) for place, found in enumerate(states.values()) if position in found]
         for_one = [name for name, found in enumerate(states.values()) if len(found) == 1]
         xs = [place if place in for_one else place + (number - (len(positions) - 1) / 2) * width for place, _ in there]
-        drawn = axes.bar(xs, [100 * value for _, value in there], width * 0.92, color=_POSITION_COLOURS[position],
-                         label=position)  # fmt: skip
+        drawn = axes.bar(
+            xs, [100 * value for _, value in there], width * 0.92, color=_POSITION_COLOURS[position], label=position
+        )
         axes.bar_label(drawn, [_short(100 * value) for _, value in there], color=INK, fontsize=9, padding=1)
     axes.set_xticks(range(len(states)), ["\n".join(textwrap.wrap(name, 14)) for name in states])
     dress(axes, "What image models read: change in percent", _LETTERS)
@@ -104,8 +119,15 @@ def _draw_states(axes, states: Mapping[str, Mapping[str, float]]) -> None:
 def _draw_layers(axes, layers: Mapping[str, Sequence[float]]) -> None:
     for (tower, drifts), colour in zip(layers.items(), (BLUE, ORANGE), strict=False):
         depths = range(1, len(drifts) + 1)
-        axes.plot(depths, [100 * drift for drift in drifts], color=colour, marker="o", linewidth=2, markersize=4,
-                  label=f"{tower} tower")  # fmt: skip
+        axes.plot(
+            depths,
+            [100 * drift for drift in drifts],
+            color=colour,
+            marker="o",
+            linewidth=2,
+            markersize=4,
+            label=f"{tower} tower",
+        )
     dress(axes, "Weights, block by block: change in percent", _LETTERS)
     axes.set_xlabel("block")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -146,7 +168,7 @@ def gmp_chart(before: Sequence[Mapping] | None, after: Sequence[Mapping], *, tit
             axes.tick_params(labelsize=_LETTERS - 2)
         for axes in by_depth:
             _legend_above(axes, 0.2 if before is None or axes is panels[2][column] else 0.4, ncols=2)
-    return picture_of(figure)
+    return figure_to_image(figure)
 
 
 def _draw_bands(axes, layers: Sequence[Mapping], tower: str, what: str, colour: str, name: str) -> None:
@@ -156,8 +178,15 @@ def _draw_bands(axes, layers: Sequence[Mapping], tower: str, what: str, colour: 
         depths = [entry["depth"] + 1 for entry in found]
         low, middle, high = zip(*(entry[what] for entry in found), strict=True)
         axes.fill_between(depths, low, high, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(depths, middle, style, color=colour, linewidth=2, label=f"{layer}{name}",
-                  marker="o" if len(depths) < 3 else None)  # fmt: skip
+        axes.plot(
+            depths,
+            middle,
+            style,
+            color=colour,
+            linewidth=2,
+            label=f"{layer}{name}",
+            marker="o" if len(depths) < 3 else None,
+        )
 
 
 def _draw_theta(axes, layers: Sequence[Mapping], tower: str, colour: str, when: str) -> None:
@@ -170,8 +199,14 @@ def _draw_theta(axes, layers: Sequence[Mapping], tower: str, colour: str, when: 
     words = f", {when}" if when else ""
     axes.fill_between(xs, *zip(*inner, strict=True), color=colour, alpha=0.3, linewidth=0, label=f"90 %{words}")
     for number, line in enumerate(zip(*outer, strict=True)):
-        axes.plot(xs, line, color=colour, linewidth=1.5, linestyle=":" if when == "before" else "-",
-                  label=None if number else f"99.8 %{words}")  # fmt: skip
+        axes.plot(
+            xs,
+            line,
+            color=colour,
+            linewidth=1.5,
+            linestyle=":" if when == "before" else "-",
+            label=None if number else f"99.8 %{words}",
+        )
 
 
 def _draw_theta_histogram(axes, layers: Sequence[Mapping], tower: str) -> None:
@@ -189,8 +224,15 @@ def _draw_theta_histogram(axes, layers: Sequence[Mapping], tower: str) -> None:
     _small_legend(axes, loc="upper center", ncols=2)
 
 
-def sweep_chart(points: Sequence[tuple[float, float, float | None]], best: float, *, measure: str,
-                general_measure: str | None = None, floor: float | None = None, title: str = ""):  # fmt: skip
+def sweep_chart(
+    points: Sequence[tuple[float, float, float | None]],
+    best: float,
+    *,
+    measure: str,
+    general_measure: str | None = None,
+    floor: float | None = None,
+    title: str = "",
+):
     """(alpha, score, general score or None) from 0 to 1: the scores along the way, and with a general set the frontier
     of the two. `floor` is the least general score that was allowed; the best point is marked."""
     figure = canvas((10.24, 5.4) if general_measure else (7.68, 5.4))
@@ -199,8 +241,9 @@ def sweep_chart(points: Sequence[tuple[float, float, float | None]], best: float
     alphas = [alpha for alpha, _, _ in points]
     chosen = next(point for point in points if point[0] == best)
     _curve(panels[0], alphas, [score for _, score, _ in points], BLUE, f"this data: {measure}")
-    panels[0].plot(best, 100 * chosen[1], color=GREEN, marker="*", markersize=18, linestyle="none",
-                   label=f"best: alpha {best:g}")  # fmt: skip
+    panels[0].plot(
+        best, 100 * chosen[1], color=GREEN, marker="*", markersize=18, linestyle="none", label=f"best: alpha {best:g}"
+    )
     if general_measure:
         _curve(panels[0], alphas, [general for _, _, general in points], ORANGE, f"general: {general_measure}")
         _draw_frontier(panels[1], points, chosen, floor)
@@ -210,7 +253,7 @@ def sweep_chart(points: Sequence[tuple[float, float, float | None]], best: float
     for axes in panels:
         axes.tick_params(labelsize=_LETTERS - 1)
     _legend_above(panels[0], 0.45 if general_measure else 0.3)
-    return picture_of(figure)
+    return figure_to_image(figure)
 
 
 def _curve(axes, xs: Sequence[float], shares: Sequence[float], colour: str, label: str) -> None:
@@ -219,8 +262,14 @@ def _curve(axes, xs: Sequence[float], shares: Sequence[float], colour: str, labe
 
 def _draw_frontier(axes, points, chosen, floor: float | None) -> None:
     dress(axes, "Up: better on this data. Right: better in general", _LETTERS)
-    axes.plot([100 * general for _, _, general in points], [100 * score for _, score, _ in points], color=GREY,
-              marker="o", linewidth=1.5, markersize=5)  # fmt: skip
+    axes.plot(
+        [100 * general for _, _, general in points],
+        [100 * score for _, score, _ in points],
+        color=GREY,
+        marker="o",
+        linewidth=1.5,
+        markersize=5,
+    )
     ends = {points[0][0]: "baseline", points[-1][0]: "model"}
     places: dict[tuple[float, float], list[str]] = {}  # several blends may score the same
     for alpha, score, general in points:
@@ -229,8 +278,15 @@ def _draw_frontier(axes, points, chosen, floor: float | None) -> None:
     for place, names in places.items():
         label = ", ".join(names) if len(names) < 4 else f"{names[0]} to {names[-1]}"
         left = place[0] > middle  # so that no label runs over the edge
-        axes.annotate(label, place, (-7 if left else 7, 5), textcoords="offset points", color=INK, fontsize=10,
-                      ha="right" if left else "left")  # fmt: skip
+        axes.annotate(
+            label,
+            place,
+            (-7 if left else 7, 5),
+            textcoords="offset points",
+            color=INK,
+            fontsize=10,
+            ha="right" if left else "left",
+        )
     axes.plot(100 * chosen[2], 100 * chosen[1], color=GREEN, marker="*", markersize=18, linestyle="none")
     if floor is not None:
         axes.axvline(100 * floor, color=ORANGE, linestyle="--", linewidth=1.5, label="right of it: allowed")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .charts import loss_chart, rates_chart, recall_chart
+from .charts import learning_rate_chart, loss_chart, recall_chart
 from .html import Html, Page, facts, fold, html_table, joined, paragraph
 from .tables import time_words
 
@@ -98,7 +98,7 @@ def _charts(steps, validations) -> list[tuple[str, Any]]:
     if validations:
         charts.append(("Recall at 1 of the validations", recall_chart(validations)))
     if steps:
-        charts.append(("Learning rate of each group", rates_chart(steps)))
+        charts.append(("Learning rate of each group", learning_rate_chart(steps)))
     return charts
 
 
@@ -122,10 +122,12 @@ def _tables_of_numbers(steps, validations) -> Html:
         for line in validations
     ]
     which = "Every step" if every == 1 else f"One step of {every}"
-    return joined([
-        fold(f"All {len(validations)} validations as numbers", html_table(of_validations)),
-        fold(f"{which} as numbers (all are in metrics.jsonl)", html_table(of_steps)),
-    ])  # fmt: skip
+    return joined(
+        [
+            fold(f"All {len(validations)} validations as numbers", html_table(of_validations)),
+            fold(f"{which} as numbers (all are in metrics.jsonl)", html_table(of_steps)),
+        ]
+    )
 
 
 def _settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[Html]:
@@ -155,8 +157,12 @@ def _data(data: Mapping[str, Any]) -> Html:
 
 def _made_with(config: Mapping[str, Any], steps) -> Html:
     speeds = [line["pairs_per_second"] for line in steps if line["pairs_per_second"] > 0]
-    ways = {"device": "device", "precision": "precision", "pairs in a batch": "batch_size",
-            "pairs at once": "micro_batch"}  # fmt: skip
+    ways = {
+        "device": "device",
+        "precision": "precision",
+        "pairs in a batch": "batch_size",
+        "pairs at once": "micro_batch",
+    }
     known: dict[str, Any] = {words: config.get(key) for words, key in ways.items()}
     if speeds and (pairs := config.get("batch_size")):
         seconds = sum(pairs / speed for speed in speeds)

@@ -7,7 +7,7 @@ import math
 from ..clip.architecture import Architecture
 from ..errors import UserError
 from .config import TrainConfig
-from .parts import SCALARS, layers_of, part_of
+from .optim.parameter_info import SCALARS, layers_of, parameter_info
 
 
 def trains_at_all(name: str, architecture: Architecture, config: TrainConfig) -> bool:
@@ -16,7 +16,7 @@ def trains_at_all(name: str, architecture: Architecture, config: TrainConfig) ->
         return config.train_logit_scale
     if name in SCALARS:
         return True
-    part = part_of(name, architecture)
+    part = parameter_info(name, architecture)
     if config.towers not in ("both", part.tower):
         return False
     if part.depth == 0:
@@ -31,7 +31,7 @@ def trains_in_stage(name: str, architecture: Architecture, stage: int, stages: i
     """
     if name in SCALARS or stage >= stages - 1:
         return True
-    part = part_of(name, architecture)
+    part = parameter_info(name, architecture)
     layers = layers_of(part.tower, architecture)
     return part.depth > layers - math.ceil(layers * (stage + 1) / stages)
 

@@ -153,4 +153,4 @@ LOSSES: dict[str, LossChoice] = {
     "second_order": LossChoice(
         lambda temperature, smoothing: SecondOrder(temperature), "that of the published GmP scripts, to reproduce them"
     ),
-}  # fmt: skip
+}

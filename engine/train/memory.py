@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..clip.architecture import Architecture
-from ..clip.resnet import resnet_values
+from ..clip.variants.resnet import resnet_values
 from ..errors import UserError
-from . import weights as weights_module
+from . import master_weights as weights_module
 from .config import TrainConfig
 
 if TYPE_CHECKING:

@@ -59,5 +59,8 @@ def _cosine(start: float, end: float, share: float) -> float:
 
 
 SCHEDULES: dict[str, Callable[[int, int, float, float], float]] = {
-    "one_cycle": one_cycle, "cosine": cosine, "linear": linear, "constant": constant,
-}  # fmt: skip
+    "one_cycle": one_cycle,
+    "cosine": cosine,
+    "linear": linear,
+    "constant": constant,
+}

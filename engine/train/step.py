@@ -13,24 +13,24 @@ from torch import Tensor
 
 from ..clip.full_clip import FullCLIP
 from ..clip.network import checkpoint_activations, compile_blocks
-from ..data.images import normalize
+from ..data.images.decoding import normalize
 from ..data.loader import Batch
-from ..data.tokens import cut_to_longest
+from ..data.tokenizer import cut_to_longest
 from ..errors import UserError
-from . import checkpoints
-from .compute import DTYPES, out_of_memory, to_device
 from .config import TrainConfig
+from .device import DTYPES, out_of_memory, to_device
 from .freezing import stage_at, trains_at_all, trains_in_stage
-from .frozen_vision import FrozenVision
-from .gradients import GradientMeter, Norms
-from .large_batch import Side, batch_gradients
+from .frozen_features import FrozenFeatures
+from .grad_cache import Side, batch_gradients
 from .losses import LOSSES, positive_pairs
+from .master_weights import MasterWeights
 from .memory import fitting_micro_batch
-from .neurons import parse_neurons, scale_neurons
-from .optimizers import build_optimizer, forget_steps, group_table, parameter_groups, set_learning_rates
-from .parts import SCALARS
+from .neuron_scaling import parse_neurons, scale_neurons
+from .optim.factory import build_optimizer, group_table, parameter_groups, set_learning_rates, undo_steps
+from .optim.gradient_norms import GradientMeter, Norms
+from .optim.parameter_info import SCALARS
+from .run import checkpoints
 from .schedules import SCHEDULES
-from .weights import TrainedWeights
 
 MAX_LOGIT_SCALE = math.log(100)
 _LENGTHS = 8  # on CUDA texts are cut to multiples of it: fewer shapes, which suit the units that multiply
@@ -57,18 +57,25 @@ class TrainingStep:
     """
 
     def __init__(
-        self, model: FullCLIP, config: TrainConfig, *, device: torch.device, precision: str, batch_size: int,
-        total_steps: int, say: Callable[[str], None] = lambda note: None,
+        self,
+        model: FullCLIP,
+        config: TrainConfig,
+        *,
+        device: torch.device,
+        precision: str,
+        batch_size: int,
+        total_steps: int,
+        say: Callable[[str], None] = lambda note: None,
         check_cancelled: Callable[[], None] = lambda: None,
         timed: Callable[[str], contextlib.AbstractContextManager] = lambda part: contextlib.nullcontext(),
-    ):  # fmt: skip
+    ):
         self.model, self.config, self.device, self.total_steps = model, config, device, total_steps
         self.say, self.check_cancelled, self.timed = say, check_cancelled, timed
         self.whole = True
-        self.frozen_vision: FrozenVision | None = None  # where what it gives is kept
+        self.frozen_vision: FrozenFeatures | None = None  # where what it gives is kept
         self.stage: int | None = None
         architecture = model.architecture
-        self.weights = TrainedWeights(
+        self.weights = MasterWeights(
             model, lambda name: trains_at_all(name, architecture, config), device=device, dtype=DTYPES[precision]
         )
         self.network = self.weights.network
@@ -96,7 +103,7 @@ class TrainingStep:
         """The step after `done` others. Once a step is not finite, none after it moves the weights, until `forget`."""
         config = self.config
         self._enter_stage(stage_at(done, self.total_steps, config.unfreeze_stages))
-        factor = SCHEDULES[config.schedule](done, self.total_steps, config.warmup, config.floor)
+        factor = SCHEDULES[config.schedule](done, self.total_steps, config.warmup, config.min_lr_ratio)
         rates = set_learning_rates(self.optimizer, config.learning_rate, factor)
         shown_scale = self.network.logit_scale.detach().exp()
         loss = self._gradients(batch, begins=done == 0)
@@ -124,7 +131,7 @@ class TrainingStep:
                     loss_factor=self.scaler.get_scale() if self.scaler.is_enabled() else 1.0,
                     check_cancelled=self.check_cancelled,
                     timed=self.timed,
-                )  # fmt: skip
+                )
                 self.weights.finish_gradients()
                 return loss
             except (RuntimeError, MemoryError) as error:
@@ -195,17 +202,20 @@ class TrainingStep:
         architecture = self.model.architecture
         self.weights.choose(lambda name: trains_in_stage(name, architecture, stage, stages))
         self.trains_vision, self.trains_text = (
-            any(p.requires_grad for name, p in self.weights.masters.items() if name.startswith("visual.") == vision
-                and name not in SCALARS)
+            any(
+                p.requires_grad
+                for name, p in self.weights.masters.items()
+                if name.startswith("visual.") == vision and name not in SCALARS
+            )
             for vision in (True, False)
-        )  # fmt: skip
+        )
 
     # ---- what is kept of it ----------------------------------------------------------------------------------------
 
     def forget(self, steps: int) -> None:
         """Take back the last steps, which did nothing because one was not finite."""
         if not self.scaler.is_enabled():
-            forget_steps(self.optimizer, steps)
+            undo_steps(self.optimizer, steps)
         self.broken.zero_()
 
     def finite_weights(self) -> bool:
@@ -219,8 +229,10 @@ class TrainingStep:
         """The state: named tensors, and plain numbers for `unpack`."""
         tensors, numbers = checkpoints.pack(self.weights.tensors(), self.loss, self.optimizer)
         return tensors, {
-            "optimizer": numbers, "scaler": self.scaler.state_dict(), "micro_batch": self.micro_batch,
-        }  # fmt: skip
+            "optimizer": numbers,
+            "scaler": self.scaler.state_dict(),
+            "micro_batch": self.micro_batch,
+        }
 
     def unpack(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Put what `pack` gave back into a freshly built step."""

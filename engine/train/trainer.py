@@ -15,38 +15,38 @@ from typing import Any
 
 import torch
 
-from ..clip.files import remove_parts, replacing
 from ..clip.full_clip import FullCLIP, load_full_clip, save_full_clip
-from ..data.cache import PictureCache
 from ..data.dataset import ClipDataset
-from ..data.epochs import Epochs, with_template
+from ..data.images.image_cache import ImageCache
 from ..data.loader import Batch, TrainLoader
-from ..data.tokens import Tokenizer
+from ..data.sampler import Sampler, with_template
+from ..data.tokenizer import Tokenizer
 from ..errors import UserError
-from ..evaluate.features import BrokenModel, EncodedPictures, Encoder, encode_pictures, with_trained_transform
+from ..evaluate.encoder import BrokenModel, EncodedImages, Encoder, encode_images, with_trained_transform
 from ..evaluate.retrieval import retrieval_of
+from ..files import remove_parts, replacing
 from ..report.charts import loss_chart
 from ..report.tables import table
-from .compute import out_of_memory, resolve_device, resolve_precision
 from .config import TrainConfig
-from .description import describe_run
+from .device import out_of_memory, resolve_device, resolve_precision
 from .freezing import stage_at
-from .frozen_vision import FrozenVision
+from .frozen_features import FrozenFeatures
 from .memory import forecast, require_memory
-from .metrics import PendingSteps
-from .preparation import (
+from .run.description import describe_run
+from .run.folder import RunFolder, claim_run_folder
+from .run.metrics import PendingSteps
+from .run.profile import Profile
+from .run.report import write_report
+from .run.results import Notes, Progress, TrainResult
+from .setup import (
     caption_policy_of,
     check_settings,
+    existing_training_images,
     fitting_batch_size,
     prepare_model,
-    present_training_pictures,
     transform_of,
     useful_validation,
-)  # fmt: skip
-from .profile import Profile
-from .reporting import write_report
-from .results import Notes, Progress, TrainResult
-from .run_folder import RunFolder, claim_run_folder
+)
 from .step import TrainingStep
 
 _LOOKED_AT = 256  # captions that are looked at for how long the texts are
@@ -69,7 +69,7 @@ def train(
 ) -> TrainResult:
     """Train, and write everything into `run_folder` (or the next free one, see `claim_run_folder`).
 
-    `cache_folder`, which runs may share, is where decoded pictures are kept (`picture_cache_gb`); without it they are
+    `cache_folder`, which runs may share, is where decoded pictures are kept (`image_cache_gb`); without it they are
     kept in memory, as far as they fit. `on_progress` is called after each optimizer step and validation,
     `check_cancelled` between micro-batches too; either may raise anything: the state is saved first, and the same call
     goes on from it. `on_note` gets each sentence of the result's notes as soon as it is known. The lines of `Progress`
@@ -80,9 +80,9 @@ def train(
     notes = Notes(on_note)
     model = prepare_model(full_clip, config, notes)
     check_settings(model, config)
-    train_set = with_template(present_training_pictures(train_set, config, notes), config.label_template)
+    train_set = with_template(existing_training_images(train_set, config, notes), config.label_template)
     validation = useful_validation(validation and with_template(validation, config.label_template), notes)
-    pairs = Epochs(train_set, config.seed, caption_policy_of(config)).length
+    pairs = Sampler(train_set, config.seed, caption_policy_of(config)).length
     batch_size = fitting_batch_size(config, train_set, pairs, notes)
     chosen_device = resolve_device(device)
     identity = {
@@ -94,9 +94,19 @@ def train(
     run = claim_run_folder(Path(run_folder), identity, on_existing, notes.append)
     try:
         training = Training(
-            model, train_set, validation, config, run, batch_size, pairs // batch_size, chosen_device, notes,
-            cache_folder, on_progress, check_cancelled,
-        )  # fmt: skip
+            model,
+            train_set,
+            validation,
+            config,
+            run,
+            batch_size,
+            pairs // batch_size,
+            chosen_device,
+            notes,
+            cache_folder,
+            on_progress,
+            check_cancelled,
+        )
         # A host may call this in inference mode, whose tensors cannot be trained.
         with torch.inference_mode(False), torch.enable_grad():
             return training.run_to_the_end(identity, origins or {})
@@ -108,9 +118,20 @@ class Training:
     """One run at work: its folder, its numbers, and `work`, which does the steps. `step` counts those done."""
 
     def __init__(
-        self, model, train_set, validation, config, run, batch_size, steps_per_epoch, device, notes, cache_folder,
-        on_progress, check_cancelled,
-    ):  # fmt: skip
+        self,
+        model,
+        train_set,
+        validation,
+        config,
+        run,
+        batch_size,
+        steps_per_epoch,
+        device,
+        notes,
+        cache_folder,
+        on_progress,
+        check_cancelled,
+    ):
         self.model: FullCLIP = model
         self.train_set: ClipDataset = train_set
         self.validation: ClipDataset | None = validation
@@ -130,7 +151,7 @@ class Training:
         self.stage: int | None = None
         self.validated: int | None = None  # the step whose validation is in the metrics
         self.best: dict[str, float] | None = None
-        self.validation_pictures: EncodedPictures | None = None  # where the tower that encodes them does not train
+        self.validation_images: EncodedImages | None = None  # where the tower that encodes them does not train
         self.saved_step: int | None = None
         self.steps: list[dict[str, Any]] = []
         self.validations: list[dict[str, Any]] = []
@@ -148,7 +169,7 @@ class Training:
             return self._result(already_finished=True)
         remove_parts(self.folder.path)
         self._build()
-        self._open_pictures()
+        self._open_images()
         self._foresee_memory()
         self.describe = functools.partial(describe_run, self, identity, origins)
         self.describe()
@@ -171,7 +192,7 @@ class Training:
                 self._keep_what_is_whole()
             raise self._out_of_memory() from error
         finally:
-            self._close_pictures()
+            self._close_images()
         return self._result(already_finished=False)
 
     def _loop(self) -> None:
@@ -273,13 +294,17 @@ class Training:
     def _validate(self) -> None:
         self.work.network.eval()
         encoder = Encoder(
-            self.work.network, self.transform.without_chance, self.tokenizer, self.device, cache=self.cache,
+            self.work.network,
+            self.transform.deterministic,
+            self.tokenizer,
+            self.device,
+            cache=self.cache,
             check_cancelled=self.check_cancelled,
-        )  # fmt: skip
+        )
         try:
-            pictures = self.validation_pictures or encode_pictures(encoder, self.validation)
+            pictures = self.validation_images or encode_images(encoder, self.validation)
             if self.config.towers == "text":
-                self.validation_pictures = pictures
+                self.validation_images = pictures
             measured = retrieval_of(encoder, self.validation, pictures=pictures)
         except BrokenModel as error:
             raise UserError(f"The validation at step {self.step} failed: {error} Try a lower learning_rate.") from error
@@ -338,7 +363,7 @@ class Training:
             "sampler": {"seed": self.config.seed, "epoch": epoch, "position": position},
             **numbers,
         }
-        self.folder.save_state(self.step, tensors, info, self.config.keep_states)
+        self.folder.save_state(self.step, tensors, info, self.config.keep_checkpoints)
         self.saved_step = self.step
         self._write_chart()
 
@@ -407,10 +432,16 @@ class Training:
         architecture = self.model.architecture
         self.tokenizer = Tokenizer(architecture.context_length, architecture.vocab_size)
         self.work = TrainingStep(
-            self.model, self.config, device=self.device, precision=self.precision, batch_size=self.batch_size,
-            total_steps=self.total_steps, say=self.notes.append, check_cancelled=self.check_cancelled,
+            self.model,
+            self.config,
+            device=self.device,
+            precision=self.precision,
+            batch_size=self.batch_size,
+            total_steps=self.total_steps,
+            say=self.notes.append,
+            check_cancelled=self.check_cancelled,
             timed=self.profile,
-        )  # fmt: skip
+        )
         self.notes.append("What trains, and how fast:\n" + table(self.work.group_rows))
 
     def _tell_stage(self) -> None:
@@ -421,21 +452,28 @@ class Training:
             self.notes.append(f"Stage {stage + 1} of {stages} of unfreezing, from step {self.step + 1}.")
         self.stage = stage
 
-    def _open_pictures(self) -> None:
+    def _open_images(self) -> None:
         """The loader and the cache of decoded pictures; raises `UserError` if too many of the pictures are broken."""
         config, self.cache = self.config, None
-        if self.cache_folder is not None and config.picture_cache_gb:
-            self.cache = PictureCache(self.cache_folder, int(config.picture_cache_gb * 1e9), self.notes.append)
-        frozen = self.work.frozen_vision = FrozenVision.of(self.work, self.train_set, self.transform, self.cache)
+        if self.cache_folder is not None and config.image_cache_gb:
+            self.cache = ImageCache(self.cache_folder, int(config.image_cache_gb * 1e9), self.notes.append)
+        frozen = self.work.frozen_vision = FrozenFeatures.of(self.work, self.train_set, self.transform, self.cache)
         self.loader = TrainLoader(
-            self.train_set, self.transform.image_size, self.tokenizer, self.batch_size, config.seed,
-            transform=self.transform, policy=caption_policy_of(config), cache=self.cache, max_broken=config.max_broken,
+            self.train_set,
+            self.transform.image_size,
+            self.tokenizer,
+            self.batch_size,
+            config.seed,
+            transform=self.transform,
+            policy=caption_policy_of(config),
+            cache=self.cache,
+            max_broken=config.max_broken,
             kept=frozen and frozen.kept,
-        )  # fmt: skip
+        )
         try:
             self.loader.probe()
         except BaseException:
-            self._close_pictures()
+            self._close_images()
             raise
 
     def _foresee_memory(self) -> None:
@@ -446,12 +484,12 @@ class Training:
         try:
             require_memory(self.work, self.batch_size, length)
         except UserError:
-            self._close_pictures()
+            self._close_images()
             raise
         self.memory = forecast(self.work, self.batch_size, self.work.micro_batch, length)
         self.notes.append(str(self.memory))
 
-    def _close_pictures(self) -> None:
+    def _close_images(self) -> None:
         self.loader.close()
         if self.cache is not None:
             self.cache.close()

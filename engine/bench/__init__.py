@@ -1,0 +1,1 @@
+"""The benchmark command: speed and memory of a training step beside its peers."""

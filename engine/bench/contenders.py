@@ -1,0 +1,193 @@
+"""The rows of the table: our steps as the trainer runs them, and the peers' as everybody writes them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import io
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..clip.full_clip import FullCLIP
+from ..clip.gmp import to_gmp
+from ..data.images.decoding import normalize
+from ..data.loader import Batch
+from ..train.config import TrainConfig
+from ..train.device import DTYPES
+from ..train.frozen_features import FrozenFeatures
+from ..train.step import TrainingStep
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One row of the table. `build(model, device, batch)` gives what makes a step of a batch and returns the loss
+    (`.optimizer` is its optimizer); it comes from the top of a module, so that another process can build it too.
+
+    `loss` is the name of our loss that its loss must equal on the first batch, "" for none. `batches` go through in one
+    call. `towers` are those whose multiplications count.
+    """
+
+    name: str
+    dtype: str
+    build: Callable[[FullCLIP, torch.device, Batch], Any]
+    loss: str = "infonce"
+    batches: int = 1
+    towers: tuple[str, ...] = ("vision", "text")
+
+
+# ---- our steps -------------------------------------------------------------------------------------------------------
+
+
+class OurStep:
+    """The trainer's own step, as `clip-finetune train` runs it."""
+
+    def __init__(
+        self,
+        model: FullCLIP,
+        device: torch.device,
+        batch: Batch,
+        *,
+        precision: str,
+        gmp: bool = False,
+        towers: str = "both",
+        **settings,
+    ):
+        config = TrainConfig(batch_size=batch.pairs, precision=precision, gmp=gmp, towers=towers, **settings)
+        if gmp:
+            model = to_gmp(model)
+        self.step = TrainingStep(
+            model, config, device=device, precision=precision, batch_size=batch.pairs, total_steps=1000
+        )
+        self.optimizer, self.done = self.step.optimizer, 0
+        if towers == "text":
+            self._keep_features(batch)
+
+    def _keep_features(self, batch: Batch) -> None:
+        """As from the second epoch on: what the frozen vision tower gives is there, and no picture is read."""
+        with torch.no_grad():
+            self.features = self.step.network.encode_image(self.step.pictures(batch.images)).cpu()
+        like = self.features
+        self.step.frozen_vision = FrozenFeatures(
+            self.step, None, types.SimpleNamespace(shape=tuple(like.shape[1:]), dtype=like.dtype)
+        )
+
+    def __call__(self, batch: Batch) -> Tensor:
+        if self.step.frozen_vision is not None:
+            batch = batch._replace(images=batch.images[:0], kept=list(self.features), views=[0] * batch.pairs)
+        loss = self.step(batch, self.done).loss
+        self.done += 1
+        return loss
+
+
+# ---- the peers -------------------------------------------------------------------------------------------------------
+
+
+class PeerStep:
+    """A step as everybody writes it: zero_grad, forward (under autocast for `dtype` other than fp32), backward, step,
+    with adabelief-pytorch's own AdaBelief at our settings. `loss` takes the model, pictures and tokens."""
+
+    def __init__(
+        self, network: nn.Module, loss: Callable[[nn.Module, Tensor, Tensor], Tensor], device: torch.device, dtype: str
+    ):
+        from adabelief_pytorch import AdaBelief
+
+        self.network, self.loss, self.device, self.dtype = network.to(device).train(), loss, device, DTYPES[dtype]
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its settings
+            self.optimizer = AdaBelief(
+                self.network.parameters(),
+                lr=1e-6,
+                eps=1e-16,
+                betas=(0.9, 0.999),
+                weight_decay=0.01,
+                weight_decouple=True,
+                rectify=True,
+                print_change_log=False,
+            )
+
+    def __call__(self, batch: Batch) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        images, tokens = normalize(batch.images.to(self.device)), batch.tokens.to(self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.loss(self.network, images, tokens)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+def open_clip_step(model: FullCLIP, device: torch.device, batch: Batch, *, dtype: str) -> PeerStep:
+    """`open_clip.CLIP` with these weights, and `open_clip.ClipLoss`."""
+    import open_clip
+
+    contrast = open_clip.ClipLoss()
+    return PeerStep(
+        open_clip_network(model), lambda network, images, tokens: contrast(*network(images, tokens)), device, dtype
+    )
+
+
+def open_clip_network(model: FullCLIP) -> nn.Module:
+    """open_clip's own model, not the subclass that we run, with these weights in fp32."""
+    import open_clip
+
+    a = model.architecture
+    vision = open_clip.CLIPVisionCfg(
+        layers=a.vision_layers,
+        width=a.vision_width,
+        head_width=a.vision_width // a.vision_heads,
+        mlp_ratio=a.vision_mlp_width / a.vision_width,
+        patch_size=a.patch_size,
+        image_size=a.image_size,
+    )
+    text = open_clip.CLIPTextCfg(
+        context_length=a.context_length,
+        vocab_size=a.vocab_size,
+        width=a.text_width,
+        heads=a.text_heads,
+        layers=a.text_layers,
+        mlp_ratio=a.text_mlp_width / a.text_width,
+    )
+    network = open_clip.CLIP(a.embed_dim, vision, text, quick_gelu=a.activation == "quick_gelu")
+    network.load_state_dict(dict(model.state_dict))
+    return network
+
+
+def hugging_face_step(model: FullCLIP, device: torch.device, batch: Batch, *, dtype: str) -> PeerStep:
+    """transformers' `CLIPModel` with these weights, and its own loss."""
+    from transformers import CLIPConfig, CLIPModel
+
+    from ..clip.huggingface import config_of
+    from ..clip.names import to_hf
+
+    network = CLIPModel(CLIPConfig(**config_of(model.architecture, model.state_dict)))
+    network.load_state_dict(to_hf(model.state_dict), strict=False)
+
+    def contrast(network: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
+        return network(pixel_values=images, input_ids=tokens, return_loss=True).loss
+
+    return PeerStep(network, contrast, device, dtype)
+
+
+def our_contenders(precision: str) -> list[Contender]:
+    def ours(name: str, **settings) -> Contender:
+        towers = ("text",) if settings.get("towers") == "text" else ("vision", "text")
+        return Contender(name, precision, functools.partial(OurStep, precision=precision, **settings), towers=towers)
+
+    return [ours("ours"), ours("ours, GmP", gmp=True), ours("ours, text tower, images cached", towers="text")]
+
+
+def peers(device: torch.device, say: Callable[[str], None]) -> list[Contender]:
+    """Those whose libraries are installed: in fp32 on a processor, under autocast on a graphics card, as their users
+    train them."""
+    dtype = "bf16" if device.type == "cuda" else "fp32"
+    found = [Contender("open_clip + adabelief-pytorch", dtype, functools.partial(open_clip_step, dtype=dtype))]
+    if importlib.util.find_spec("transformers") is None:
+        say("Hugging Face's CLIPModel is skipped, because transformers is not installed.")
+    else:
+        build = functools.partial(hugging_face_step, dtype=dtype)
+        found.append(Contender("Hugging Face CLIPModel + adabelief-pytorch", dtype, build))
+    return found

@@ -1,0 +1,1 @@
+"""Architectures beside the plain ViT: ResNet vision towers and Long-CLIP position tables."""

@@ -1,0 +1,1 @@
+"""Images: where their bytes are, decoding, transforms and the image cache."""

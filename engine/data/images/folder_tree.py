@@ -1,0 +1,120 @@
+"""The files below a folder, and which of them are pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import os
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ...errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """The files below a folder that are not hidden: (path from `top`, "" for itself; the sorted names in it).
+
+    `closed` are the folders in it that may not be looked into.
+    """
+
+    top: Path
+    folders: tuple[tuple[str, tuple[str, ...]], ...]
+    closed: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, top: Path) -> Tree:
+        """Links are followed; a folder that is reached in two ways is listed once. Raises `UserError`."""
+        closed: list[str] = []
+
+        def failed(error: OSError) -> None:
+            if error.filename == str(top):
+                raise UserError(
+                    f"{top} cannot be read ({error.strerror}); check that you may open it, or choose another folder."
+                ) from error
+            closed.append(_from_top(error.filename, top))
+
+        seen, folders = set(), []
+        for root, below, files in os.walk(top, followlinks=True, onerror=failed):
+            real = os.path.realpath(root)
+            if real in seen:
+                below.clear()
+                continue
+            seen.add(real)
+            below[:] = sorted(name for name in below if not name.startswith((".", "__MACOSX")))
+            folders.append((_from_top(root, top), tuple(sorted(n for n in files if not n.startswith(".")))))
+        return cls(top, tuple(folders), tuple(closed))
+
+    def files(self, suffixes: Sequence[str] | frozenset[str]) -> Iterator[tuple[str, str]]:
+        """(folder, name) of each file with one of these extensions, in any case."""
+        for folder, names in self.folders:
+            yield from ((folder, name) for name in names if os.path.splitext(name)[1].lower() in suffixes)
+
+    @functools.cached_property
+    def pictures(self) -> list[tuple[str, str]]:
+        return list(self.files(image_suffixes()))
+
+    @functools.cached_property
+    def stems(self) -> dict[str, list[str]]:
+        """The pictures, from `top`, by their names without folder and extension."""
+        found: dict[str, list[str]] = {}
+        for folder, name in self.pictures:
+            found.setdefault(os.path.splitext(name)[0], []).append(joined(folder, name))
+        return found
+
+    @functools.cached_property
+    def _names(self) -> dict[str, tuple[str, ...]]:
+        return dict(self.folders)
+
+    def is_beside_an_image(self, folder: str, name: str) -> bool:
+        """Whether there is a picture in its folder that differs from a file in the extension alone."""
+        names, stem = self._names[folder], os.path.splitext(name)[0] + "."
+        for other in itertools.islice(names, bisect_left(names, stem), None):
+            if not other.startswith(stem):
+                return False
+            if is_image(other):
+                return True
+        return False
+
+    def folders_with(self, name: str) -> list[str]:
+        """The folders that hold a file of this name."""
+        return [folder for folder, names in self.folders if _holds(names, name)]
+
+
+def joined(folder: str, name: str) -> str:
+    """A file's path from the top of its tree, with slashes."""
+    return f"{folder}/{name}" if folder else name
+
+
+def _holds(names: tuple[str, ...], name: str) -> bool:
+    place = bisect_left(names, name)
+    return place < len(names) and names[place] == name
+
+
+def _from_top(folder: str, top: Path) -> str:
+    place = os.path.relpath(folder, top).replace(os.sep, "/")
+    return "" if place == "." else place
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Extensions, in lower case, of the formats that Pillow opens."""
+    from PIL import Image, ImageFile
+
+    registered = Image.registered_extensions()
+    # Pillow knows these by name only: it cannot decode them.
+    stubs = {kind for kind, (opener, _) in Image.OPEN.items() if _derives(opener, ImageFile.StubImageFile)} | {"MPEG"}
+    # Read by starting another program, Ghostscript; nothing that lies in a data set is ever run.
+    stubs.add("EPS")
+    return frozenset(suffix for suffix, kind in registered.items() if kind in Image.OPEN and kind not in stubs)
+
+
+def _derives(opener: object, base: type) -> bool:
+    return isinstance(opener, type) and issubclass(opener, base)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name is one that Pillow opens."""
+    return os.path.splitext(name)[1].lower() in image_suffixes()

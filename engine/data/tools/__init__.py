@@ -1,0 +1,1 @@
+"""Tools for datasets: inspect, prepare, convert, detect objects, draw demo images."""

@@ -1,0 +1,1 @@
+"""Typographic attacks: words drawn on images, and photographs of written words."""

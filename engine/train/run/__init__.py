@@ -1,0 +1,1 @@
+"""What a run writes: its folder, lock, checkpoints, metrics, results and report."""

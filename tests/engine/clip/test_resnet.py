@@ -1,0 +1,563 @@
+"""CLIPs whose vision tower is a ResNet, against open_clip's own and through a whole training."""
+
+import dataclasses
+import json
+import math
+
+import open_clip
+import pytest
+import torch
+from clips import TINY, random_clip
+from image_folders import labels_folder
+from safetensors.torch import load_file, save_file
+
+from clip_finetune.engine import (
+    TrainConfig,
+    UserError,
+    build_network,
+    eval_retrieval,
+    export_text_encoder,
+    fold_gmp,
+    load_dataset,
+    load_full_clip,
+    save_full_clip,
+    to_gmp,
+    train,
+)
+from clip_finetune.engine.clip.architecture import Architecture, architecture_from_shapes
+from clip_finetune.engine.clip.full_clip import METADATA_KEY
+from clip_finetune.engine.clip.network import StoredNorm
+from clip_finetune.engine.clip.variants.resnet import resnet_values
+from clip_finetune.engine.files import same_bits
+from clip_finetune.engine.train import master_weights
+from clip_finetune.engine.train.memory import activations_of
+from clip_finetune.engine.train.optim.factory import build_optimizer, group_table, parameter_groups, set_learning_rates
+from clip_finetune.engine.train.optim.gradient_norms import GradientMeter
+from clip_finetune.engine.train.optim.parameter_info import layer_in_words, layers_of, parameter_info
+
+# Two blocks in the second stage, so that one of them is not a stage's first.
+TINY_RN = dataclasses.replace(
+    TINY,
+    image_size=64,
+    patch_size=None,
+    vision_width=16,
+    vision_layers=(1, 2, 1, 1),
+    vision_heads=8,
+    vision_mlp_width=None,
+)
+RN50 = dataclasses.replace(
+    TINY_RN,
+    embed_dim=1024,
+    image_size=224,
+    vision_width=64,
+    vision_layers=(3, 4, 6, 3),
+    vision_heads=32,
+    text_width=512,
+    text_layers=12,
+    text_heads=8,
+    text_mlp_width=2048,
+)
+OPENAI = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64")
+QUICK = dict(epochs=3, learning_rate=1e-3, batch_size=4, precision="fp32")
+
+
+def random_resnet(architecture=TINY_RN, *, seed=0, dtype=torch.float32):
+    """A new model whose blocks and statistics matter: open_clip begins with blocks that add nothing, and statistics
+    that change nothing."""
+    model = random_clip(architecture, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    changed = {
+        name: 0.5 + torch.rand(tensor.shape, generator=generator)
+        for name, tensor in model.state_dict.items()
+        if name.endswith((".running_var", ".bn3.weight"))
+    } | {
+        name: 0.3 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in model.state_dict.items()
+        if name.endswith(".running_mean")
+    }
+    model = model.derive(changed, step="disturbed")
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict.items()}
+    return dataclasses.replace(model, state_dict=state, provenance={})
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_resnet()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return load_dataset(labels_folder(tmp_path_factory.mktemp("data") / "colours", size=64))
+
+
+def run(model, data, folder, validation=None, *, progress=lambda told: None, **changes):
+    config = TrainConfig(**(QUICK | changes))
+    return train(model, data, validation, config, run_folder=folder, device="cpu", on_progress=progress)
+
+
+def changed(before, after):
+    assert before.state_dict.keys() == after.state_dict.keys()
+    return {name for name, tensor in after.state_dict.items() if not same_bits(tensor, before.state_dict[name])}
+
+
+def statistics(names):
+    return {name for name in names if name.endswith((".running_mean", ".running_var"))}
+
+
+def openai_shapes(name):
+    """open_clip's own model of this name, without weights, and the shapes of its tensors but BatchNorm's counters."""
+    with torch.device("meta"):
+        theirs = open_clip.CLIP(**open_clip.get_model_config(name))
+    shapes = {
+        key: tuple(tensor.shape)
+        for key, tensor in theirs.state_dict().items()
+        if not key.endswith("num_batches_tracked")
+    }
+    return theirs, shapes
+
+
+# ---- what it is ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPENAI)
+def test_openais_resnets_are_recognised_by_their_shapes(name):
+    theirs, shapes = openai_shapes(name)
+    config = open_clip.get_model_config(name)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    architecture, notes = architecture_from_shapes(shapes, activation="quick_gelu")
+    assert architecture == Architecture(
+        embed_dim=config["embed_dim"],
+        image_size=vision["image_size"],
+        patch_size=None,
+        vision_width=vision["width"],
+        vision_layers=tuple(vision["layers"]),
+        vision_heads=theirs.visual.attnpool.num_heads,
+        vision_mlp_width=None,
+        context_length=text["context_length"],
+        vocab_size=text["vocab_size"],
+        text_width=text["width"],
+        text_layers=text["layers"],
+        text_heads=text["heads"],
+        text_mlp_width=4 * text["width"],
+        activation="quick_gelu",
+    )
+    assert notes == () and architecture.resnet
+    assert architecture.shapes() == shapes
+    gmp = architecture.shapes("gmp")
+    assert architecture_from_shapes(gmp, activation="quick_gelu") == (architecture, ())
+
+
+def test_the_heads_of_an_unknown_resnet_are_told_as_assumed():
+    architecture, notes = architecture_from_shapes(TINY_RN.shapes(), activation="quick_gelu")
+    assert architecture == dataclasses.replace(TINY_RN, text_heads=1)
+    assert len(notes) == 1 and "heads is not in the file; 8 (vision) and 1 (text) are assumed" in notes[0]
+
+
+def test_an_architecture_comes_back_from_json():
+    for architecture in (TINY_RN, RN50, TINY):
+        back = Architecture.from_dict(json.loads(json.dumps(architecture.as_dict())))
+        assert back == architecture and hash(back) == hash(architecture)
+    assert not TINY.resnet and TINY_RN.resnet and (TINY_RN.grid, RN50.grid) == (2, 7)
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        (dict(vision_layers=[1, 1, 1]), r"vision_layers are \(1, 1, 1\); a ResNet has four numbers above 0"),
+        (dict(vision_layers=[1, 1, 0, 1]), "four numbers above 0"),
+        (dict(vision_layers=[1, 1, "2", 1]), "four numbers above 0"),
+        (dict(vision_layers=2), "patch_size is None; it must be a number above 0"),
+        (dict(patch_size=16), "patch_size is 16; a ResNet has none"),
+        (dict(vision_mlp_width=64), "vision_mlp_width is 64; a ResNet has none"),
+        (dict(image_size=70), "image_size is 70; a ResNet's is a multiple of 32"),
+        (dict(vision_heads=7), "512 wide, which 7 attention heads cannot share"),
+        (dict(embed_dim=0), "embed_dim is 0"),
+    ],
+)
+def test_sizes_that_no_resnet_has_are_refused(values, words):
+    with pytest.raises(UserError, match=words):
+        Architecture.from_dict(TINY_RN.as_dict() | values)
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (
+            {"visual.layer3.0.conv2.weight": None},
+            "1 tensor is missing.*layer3.0.conv2",
+        ),
+        ({"visual.attnpool.positional_embedding": None}, "ResNet.*attnpool.positional_embedding is missing"),
+        ({"visual.layer1.0.conv1.weight": (16,)}, "ResNet.* do not have the shapes"),
+        ({"visual.layer2.1.bn1.running_var": (16,)}, r"layer2.1.bn1.running_var has the shape \(16,\)"),
+        ({"visual.ln_post.weight": (16,)}, "visual.ln_post.weight"),
+    ],
+)
+def test_a_damaged_resnet_is_refused_with_the_tensors_name(model, tmp_path, wrong, words):
+    state = dict(model.state_dict)
+    for name, shape in wrong.items():
+        state.pop(name, None)
+        if shape is not None:
+            state[name] = torch.zeros(shape)
+    save_file(state, tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match=words):
+        load_full_clip(tmp_path / "m.safetensors")
+
+
+def test_a_resnet_without_one_of_its_stages_is_refused():
+    shapes = {name: shape for name, shape in TINY_RN.shapes().items() if not name.startswith("visual.layer4.")}
+    with pytest.raises(UserError, match="the tensor visual.layer4.0.conv1.weight is missing"):
+        architecture_from_shapes(shapes, activation="quick_gelu")
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_saved_resnet_opens_with_the_same_bits_and_architecture(tmp_path, dtype):
+    model = random_resnet(dtype=dtype)
+    opened = load_full_clip(save_full_clip(model, tmp_path / "m.safetensors"))
+    assert opened.architecture == model.architecture and opened.fingerprint == model.fingerprint
+    assert not opened.notes
+
+
+def test_the_file_of_a_resnet_says_what_it_is(model, tmp_path):
+    from safetensors import safe_open
+
+    with safe_open(save_full_clip(model, tmp_path / "m.safetensors"), "pt") as file:
+        about = json.loads(file.metadata()[METADATA_KEY])
+    assert about["architecture"]["vision_layers"] == [1, 2, 1, 1] and about["architecture"]["patch_size"] is None
+
+
+@pytest.mark.parametrize("suffix, prefix", [("pt", ""), ("pt", "module."), ("safetensors", "")])
+def test_the_counters_of_batch_norm_are_dropped_when_a_file_is_opened(model, tmp_path, suffix, prefix):
+    """As open_clip saves them, from one graphics card and from several."""
+    state = {
+        name.replace("running_var", "num_batches_tracked"): torch.tensor(7)
+        for name in model.state_dict
+        if name.endswith("running_var")
+    }
+    assert len(state) == 3 + 3 * 5 + 4
+    state = {prefix + name: tensor for name, tensor in (state | dict(model.state_dict)).items()}
+    path = tmp_path / f"theirs.{suffix}"
+    torch.save(state, path) if suffix == "pt" else save_file(state, path)
+    opened = load_full_clip(path)
+    assert changed(model, opened) == set()
+
+
+def test_open_clip_opens_our_file_of_an_rn50_and_gives_equal_features(tmp_path):
+    """Its real shapes, with open_clip's own file reader and network."""
+    model = random_resnet(RN50)
+    path = save_full_clip(model, tmp_path / "rn50.safetensors")
+    theirs = open_clip.create_model("RN50-quickgelu", pretrained=str(path), precision="fp32").eval()
+    same_features(model, theirs, size=224)
+
+
+def test_the_features_are_open_clips_in_training_mode_too(model):
+    vision = open_clip.CLIPVisionCfg(layers=[1, 2, 1, 1], width=16, image_size=64)
+    text = open_clip.CLIPTextCfg(width=64, heads=2, layers=2)
+    theirs = open_clip.CLIP(32, vision, text, quick_gelu=True)
+    theirs.load_state_dict(dict(model.state_dict), strict=True)
+    same_features(model, theirs.eval(), size=64)
+
+
+def same_features(model, theirs, size):
+    ours, theirs = build_network(model, dtype=torch.float64), theirs.double()
+    assert ours.training and not any(isinstance(module, torch.nn.BatchNorm2d) for module in ours.modules())
+    images, tokens = torch.randn(2, 3, size, size, dtype=torch.float64), torch.randint(1, 49405, (2, 77))
+    with torch.no_grad():
+        expected = theirs.encode_image(images)
+        assert expected.std() > 0.01
+        torch.testing.assert_close(ours.encode_image(images), expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(ours.eval().encode_image(images), expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(ours.encode_text(tokens), theirs.encode_text(tokens), rtol=1e-10, atol=1e-12)
+
+
+def test_a_resnet_goes_to_gmp_and_back_with_the_same_bits(tmp_path):
+    """In fp16, where the way back is exact; only the text tower has MLPs."""
+    model = random_resnet(dtype=torch.float16)
+    gmp = to_gmp(model)
+    vision = {name for name in model.state_dict if name.startswith("visual.")}
+    assert vision == {name for name in gmp.state_dict if name.startswith("visual.")}
+    assert sum(name.endswith(".theta") for name in gmp.state_dict) == 2 * TINY.text_layers
+    opened = load_full_clip(save_full_clip(gmp, tmp_path / "gmp.safetensors"))
+    assert opened.parameterization == "gmp" and opened.fingerprint == gmp.fingerprint
+    assert changed(model, fold_gmp(opened)) == set()
+    assert dict(build_network(gmp).named_parameters()).keys() == gmp.state_dict.keys() - statistics(gmp.state_dict)
+
+
+def test_the_text_encoder_of_a_resnet_is_exported(model, tmp_path):
+    exported = load_file(export_text_encoder(model, tmp_path / "te.safetensors", dtype=None))
+    assert same_bits(exported["text_model.final_layer_norm.weight"], model.state_dict["ln_final.weight"])
+
+
+# ---- parts and groups ------------------------------------------------------------------------------------------------
+
+
+def named_groups(network, architecture=TINY_RN, **settings):
+    return parameter_groups(network.named_parameters(), architecture, TrainConfig(**settings))
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+@pytest.mark.parametrize("gmp", [False, True])
+def test_every_parameter_of_a_resnet_is_in_exactly_one_group_and_no_statistic_in_any(model, gmp, layer_decay):
+    network = build_network(to_gmp(model) if gmp else model)
+    groups = named_groups(network, layer_decay=layer_decay)
+    found = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(found) == sorted(map(id, network.parameters()))
+    assert not statistics(name for group in groups for name in group["names"])
+    rows = group_table(groups, 1e-3)
+    counted = sum(int(row["parameters"].replace(",", "")) for row in rows)
+    assert counted == sum(parameter.numel() for parameter in network.parameters())
+    vision = {row["group"] for row in rows if row["group"].startswith("vision.")}
+    kinds = ("attention", "biases", "convolutions", "embeddings", "norms", "projection")
+    assert vision == {f"vision.{kind}" for kind in kinds}
+
+
+@pytest.mark.parametrize("optimizer", ["adabelief", "adamw"])
+def test_decay_acts_on_convolutions_and_matrices_and_not_on_norms_and_biases(model, optimizer):
+    """Without a gradient a decayed weight shrinks by 1 − rate · decay, and nothing else moves."""
+    network = build_network(model)
+    config = TrainConfig(optimizer=optimizer, learning_rate=0.1, weight_decay=0.5)
+    built = build_optimizer(config, parameter_groups(network.named_parameters(), TINY_RN, config))
+    set_learning_rates(built, 0.1, 0.5)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    built.step()
+    for name, tensor in network.state_dict().items():
+        decays = tensor.ndim >= 2 and "embedding" not in name
+        expected = model.state_dict[name] * (1 - 0.05 * 0.5 if decays else 1)
+        torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=0, msg=name)
+
+
+def test_the_stages_of_a_resnet_are_its_blocks():
+    depths = {
+        "visual.conv1.weight": 0,
+        "visual.bn3.bias": 0,
+        "visual.layer1.0.conv1.weight": 1,
+        "visual.layer2.1.bn2.weight": 2,
+        "visual.layer4.0.downsample.0.weight": 4,
+        "visual.attnpool.positional_embedding": 5,
+        "visual.attnpool.c_proj.bias": 5,
+    }
+    assert {name: parameter_info(name, TINY_RN).depth for name in depths} == depths
+    kinds = {
+        "visual.conv1.weight": "convolutions",
+        "visual.layer1.0.downsample.0.weight": "convolutions",
+        "visual.layer1.0.downsample.1.weight": "norms",
+        "visual.layer1.0.downsample.1.bias": "norms",
+        "visual.bn1.bias": "norms",
+        "visual.attnpool.q_proj.weight": "attention",
+        "visual.attnpool.q_proj.bias": "biases",
+        "visual.attnpool.c_proj.weight": "projection",
+        "visual.attnpool.positional_embedding": "embeddings",
+    }
+    assert {name: parameter_info(name, TINY_RN).kind for name in kinds} == kinds
+    assert layers_of("vision", TINY_RN) == 4
+    words = [layer_in_words("vision", depth, TINY_RN) for depth in (0, 1, 4, 5)]
+    assert words == [
+        f"{place} of the vision tower" for place in ("the stem", "layer1", "layer4", "the attention pooling")
+    ]
+
+
+def test_with_layer_decay_each_stage_learns_slower_than_the_one_above(model):
+    groups = {group["name"]: group["factor"] for group in named_groups(build_network(model), layer_decay=0.5)}
+    expected = {"vision.projection.5": 1.0, "vision.embeddings.5": 1.0}
+    expected |= {f"vision.convolutions.{depth}": 0.5 ** (5 - depth) for depth in range(5)}
+    assert {name: groups[name] for name in expected} == expected
+
+
+def test_a_gradient_that_is_not_a_number_is_found_in_its_stage(model):
+    network = build_network(model)
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    meter = GradientMeter(named_groups(network), TINY_RN)
+    norms = meter.measure()
+    torch.testing.assert_close(norms.total, torch.tensor(sum(p.numel() for p in network.parameters())).sqrt())
+    torch.testing.assert_close(norms.by_layer.norm(), norms.total)
+    network.visual.layer3[0].bn1.bias.grad[0] = torch.nan
+    assert meter.broken_place(meter.measure().by_layer.tolist()) == "first in layer3 of the vision tower"
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def test_training_a_resnet_learns_its_pairs_and_says_what_batch_norm_does(data, tmp_path):
+    result = run(random_clip(TINY_RN), data, tmp_path / "run", epochs=20, learning_rate=3e-3)
+    losses = [line["loss"] for line in result.steps]
+    assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
+    assert sum("BatchNorm" in note for note in result.notes) == 1
+    assert {"vision.convolutions", "vision.norms", "text.mlp"} <= result.steps[0]["grad_norms"].keys()
+
+
+def test_everything_of_a_resnet_trains_but_its_running_statistics(model, data, tmp_path):
+    result = run(model, data, tmp_path / "run", validation=data)
+    moved = model.state_dict.keys() - statistics(model.state_dict)
+    assert changed(model, result.full_clip) == moved
+    best = load_full_clip(tmp_path / "run" / "best.safetensors")
+    state = load_file(tmp_path / "run" / "step_9.safetensors")
+    found = statistics(model.state_dict)
+    assert len(found) == 2 * (3 + 3 * 5 + 4)
+    for name in found:
+        assert same_bits(best.state_dict[name], model.state_dict[name])
+        assert same_bits(state[f"model.{name}"], model.state_dict[name])
+    assert not any("num_batches_tracked" in name for name in state)
+
+
+def test_the_statistics_keep_the_bits_of_the_dtype_they_were_stored_in(data, tmp_path):
+    model = random_resnet(dtype=torch.float16)
+    result = run(model, data, tmp_path / "run", epochs=1)
+    for name in statistics(model.state_dict):
+        assert same_bits(result.full_clip.state_dict[name], model.state_dict[name])
+
+
+@pytest.mark.parametrize("gmp", [False, True])
+def test_the_gradient_of_a_resnet_does_not_depend_on_the_micro_batch(model, data, tmp_path, monkeypatch, gmp):
+    """In float64, on the path of a training: from the pictures' files to the gradients that the optimizer gets."""
+    monkeypatch.setattr(master_weights, "MASTERS", torch.float64)
+    measure = GradientMeter.measure
+    seen = {}
+
+    def gradients(micro_batch):
+        def kept(meter):
+            seen.setdefault(micro_batch, [parameter.grad.clone() for parameter, _ in meter.members])
+            return measure(meter)
+
+        monkeypatch.setattr(GradientMeter, "measure", kept)
+        run(model, data, tmp_path / f"run_{micro_batch}", batch_size=12, micro_batch=micro_batch, epochs=1, gmp=gmp)
+        return seen[micro_batch]
+
+    whole = gradients(12)
+    for micro_batch in (1, 5):
+        for one, other in zip(gradients(micro_batch), whole, strict=True):
+            # The bias of the pooling's keys moves all logits of a query alike: its gradient is 0 but for rounding.
+            assert one.dtype == torch.float64 and other.norm() > 0
+            assert (one - other).norm() <= max(1e-10 * other.norm(), 1e-15)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(step):
+    def progress(told):
+        if told.step == step:
+            raise Stop
+
+    return progress
+
+
+@pytest.mark.parametrize("optimizer", ["adabelief", "adamw"])
+@pytest.mark.parametrize("gmp", [False, True])
+def test_a_resnets_run_stopped_and_resumed_ends_with_the_same_bits(model, data, tmp_path, optimizer, gmp):
+    settings = dict(optimizer=optimizer, gmp=gmp, validation=data, micro_batch=2)
+    whole = run(model, data, tmp_path / "whole", **settings)
+    for step in (2, 5):
+        with pytest.raises(Stop):
+            run(model, data, tmp_path / "stopped", progress=stop_after(step), **settings)
+    resumed = run(model, data, tmp_path / "stopped", **settings)
+    assert changed(whole.full_clip, resumed.full_clip) == set()
+    states = [load_file(tmp_path / folder / "step_9.safetensors") for folder in ("whole", "stopped")]
+    assert states[0].keys() == states[1].keys()
+    assert all(same_bits(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_what_is_validated_of_a_resnet_is_what_is_saved(model, data, tmp_path):
+    result = run(model, data, tmp_path / "run", validation=data, epochs=4)
+    best = next(line for line in result.validations if line["step"] == result.best_step)
+    assert eval_retrieval(load_full_clip(tmp_path / "run" / "best.safetensors"), data).loss == best["loss"]
+
+
+def test_activation_checkpointing_of_a_resnet_changes_no_number_and_keeps_less(model, data, tmp_path):
+    plain = run(model, data, tmp_path / "plain")
+    checkpointed = run(model, data, tmp_path / "checkpointed", activation_checkpointing=True)
+    assert changed(plain.full_clip, checkpointed.full_clip) == set()
+    from clip_finetune.engine.clip.network import checkpoint_activations
+
+    def forwards(checkpointing):
+        network = build_network(model)
+        if checkpointing:
+            checkpoint_activations(network)
+        counted = []
+        network.visual.layer2[1].conv2.register_forward_hook(lambda *_: counted.append(1))
+        network.encode_image(torch.randn(1, 3, 64, 64)).sum().backward()
+        return len(counted)
+
+    assert (forwards(False), forwards(True)) == (1, 2)  # what was not kept is computed again
+
+
+def test_frozen_stages_and_the_stem_keep_their_bits_and_the_rest_trains(model, data, tmp_path):
+    result = run(model, data, tmp_path / "run", towers="vision", freeze_vision_blocks=3, freeze_embeddings=True)
+    expected = {
+        name for name in model.state_dict if name.startswith(("visual.layer4.", "visual.attnpool.", "logit_scale"))
+    }
+    assert changed(model, result.full_clip) == expected - statistics(expected)
+
+
+def test_the_vision_tower_keeps_every_bit_when_the_text_tower_trains_alone(model, data, tmp_path):
+    result = run(model, data, tmp_path / "run", towers="text")
+    assert not any(name.startswith("visual.") for name in changed(model, result.full_clip))
+    assert not any("BatchNorm" in note for note in result.notes)
+
+
+def test_stages_of_unfreezing_go_down_the_stages_of_a_resnet(model, data, tmp_path):
+    """Two stages of unfreezing: in the first, layer3, layer4 and the attention pooling."""
+    with pytest.raises(Stop):
+        run(model, data, tmp_path / "run", epochs=4, unfreeze_stages=2, weight_decay=0.5, progress=stop_after(6))
+    state = load_file(tmp_path / "run" / "step_6.safetensors")
+    moved = {name for name, tensor in model.state_dict.items() if not same_bits(state[f"model.{name}"], tensor)}
+    upper = ("visual.layer3.", "visual.layer4.", "visual.attnpool.")
+    expected = {name for name in model.state_dict if name.startswith(upper)}
+    assert {name for name in moved if name.startswith("visual.")} == expected - statistics(expected)
+    whole = run(model, data, tmp_path / "run", epochs=4, unfreeze_stages=2, weight_decay=0.5)
+    assert changed(model, whole.full_clip) == model.state_dict.keys() - statistics(model.state_dict)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(freeze_vision_blocks=5), "freeze_vision_blocks is 5, but the vision tower has 4 blocks"),
+        (dict(scale_neurons="0:1=2"), "this model's, a ResNet, has none; leave it empty"),
+    ],
+)
+def test_settings_that_a_resnet_does_not_fit_are_told_before_anything_is_made(model, data, tmp_path, settings, words):
+    with pytest.raises(UserError, match=words):
+        run(model, data, tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("towers", ["both", "text"])
+def test_a_resnet_trains_in_bf16_with_a_profile(model, data, tmp_path, towers):
+    result = run(model, data, tmp_path / "run", epochs=1, precision="bf16", profile=True, towers=towers)
+    assert all(math.isfinite(line["loss"]) for line in result.steps)
+    assert any("part of a step" in note for note in result.notes)
+    assert statistics(changed(model, result.full_clip)) == set()
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_memory_estimate_counts_what_the_stem_and_the_blocks_give_out():
+    network = build_network(random_clip(TINY_RN))
+    counted = []
+    blocks = [block for stage in range(1, 5) for block in getattr(network.visual, f"layer{stage}")]
+    for module in (network.visual.act3, *blocks):
+        module.register_forward_hook(lambda module, inputs, output: counted.append(output.numel()))
+    network.encode_image(torch.randn(1, 3, 64, 64))
+    assert resnet_values(16, (1, 2, 1, 1), 2) == sum(counted)
+
+
+def test_what_a_resnet_keeps_for_backward():
+    """Measured on the CPU in fp32: 102 MB a picture, or 40 MB checkpointed, for 6.3 M values."""
+    plain, _ = activations_of(RN50, TrainConfig(), 4, 77)
+    less, _ = activations_of(RN50, TrainConfig(activation_checkpointing=True), 4, 77)
+    assert plain.kept == pytest.approx(126e6, rel=0.02) and less.kept == pytest.approx(50.4e6, rel=0.02)
+
+
+def test_a_stored_norm_is_batch_norm_in_evaluation():
+    norm = torch.nn.BatchNorm2d(5)
+    norm(torch.randn(8, 5, 3, 3))  # statistics that matter
+    inputs = torch.randn(4, 5, 3, 3)
+    expected = norm.eval()(inputs)
+    stored = StoredNorm(norm).train()
+    assert same_bits(stored(inputs).detach(), expected.detach())
+    assert stored.state_dict().keys() == {"weight", "bias", "running_mean", "running_var"}
