@@ -13,7 +13,7 @@ from image_folders import class_folder, labels_folder
 from safetensors.torch import load_file
 
 from clip_finetune.engine import TrainConfig, UserError, load_dataset, load_full_clip, to_gmp, train
-from clip_finetune.engine.files import same_bits
+from clip_finetune.engine.clip.tensor_files import same_bits
 from clip_finetune.engine.train import master_weights
 from clip_finetune.engine.train.losses import LOSSES
 from clip_finetune.engine.train.optim.gradient_norms import GradientMeter

@@ -7,7 +7,7 @@ import torch
 from clips import TINY, random_clip
 
 from clip_finetune.engine import UserError, build_network, to_gmp
-from clip_finetune.engine.files import same_bits
+from clip_finetune.engine.clip.tensor_files import same_bits
 from clip_finetune.engine.train.config import DEFAULT_PRESET, GMP_PRESETS, PRESETS, TrainConfig
 from clip_finetune.engine.train.grad_cache import Side, batch_gradients
 from clip_finetune.engine.train.losses import InfoNCE
