@@ -5,9 +5,9 @@ from __future__ import annotations
 from ..clip.full_clip import FullCLIP
 from ..clip.gmp import to_gmp
 from ..data.dataset import ClipDataset
+from ..data.decoded_images import allowed_broken, too_many_broken
 from ..data.images.transforms import Transform
-from ..data.loader import allowed_broken, too_many_broken
-from ..data.sampler import DEFAULT_TEMPLATE, CaptionPolicy
+from ..data.sampler import DEFAULT_TEMPLATE, CaptionsConfig
 from ..errors import UserError
 from .config import TrainConfig
 from .freezing import check_freezing
@@ -59,11 +59,11 @@ def transform_of(config: TrainConfig, image_size: int) -> Transform:
     )
 
 
-def caption_policy_of(config: TrainConfig) -> CaptionPolicy:
-    return CaptionPolicy(
-        which=config.caption_policy,
+def caption_policy_of(config: TrainConfig) -> CaptionsConfig:
+    return CaptionsConfig(
+        caption_policy=config.caption_policy,
         long_caption_ratio=config.long_caption_ratio,
-        dropout=config.caption_dropout,
+        caption_dropout=config.caption_dropout,
         shuffle_tags=config.shuffle_tags,
         keep_tokens=config.keep_tokens,
     )

@@ -18,7 +18,7 @@ import torch
 from ..clip.full_clip import FullCLIP, load_full_clip, save_full_clip
 from ..data.dataset import ClipDataset
 from ..data.images.image_cache import ImageCache
-from ..data.loader import Batch, TrainLoader
+from ..data.loader import Batch, LoaderOptions, TrainLoader
 from ..data.sampler import Sampler, with_template
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
@@ -399,10 +399,10 @@ class Training:
                 f"{len(self.loader.broken)} training pictures cannot be opened and were left out of their batches (the "
                 f"first is {name}: {reason})."
             )
-        if self.loader.cut:
+        if self.loader.truncated:
             self.notes.append(
-                f"{len(self.loader.cut)} captions are longer than the {self.tokenizer.context_length} tokens that the "
-                "model reads and were cut, each behind its last whole word that fits."
+                f"{len(self.loader.truncated)} captions are longer than the {self.tokenizer.context_length} tokens "
+                "that the model reads and were cut, each behind its last whole word that fits."
             )
         if self.profile.enabled:
             self.notes.append("Where the time of a step went:\n" + table(self.profile.rows()))
@@ -460,15 +460,16 @@ class Training:
         frozen = self.work.frozen_vision = FrozenFeatures.of(self.work, self.train_set, self.transform, self.cache)
         self.loader = TrainLoader(
             self.train_set,
-            self.transform.image_size,
             self.tokenizer,
-            self.batch_size,
-            config.seed,
-            transform=self.transform,
-            policy=caption_policy_of(config),
-            cache=self.cache,
-            max_broken=config.max_broken,
-            kept=frozen and frozen.kept,
+            self.transform,
+            caption_policy_of(config),
+            LoaderOptions(
+                batch_size=self.batch_size,
+                seed=config.seed,
+                max_broken=config.max_broken,
+                cache=self.cache,
+                feature_cache=frozen and frozen.kept,
+            ),
         )
         try:
             self.loader.probe()
