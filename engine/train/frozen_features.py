@@ -46,10 +46,10 @@ class FrozenFeatures:
         config, architecture = work.config, work.model.architecture
         blocks = frozen_blocks(architecture, config)
         random = transform.is_random
-        if blocks == 0 or not config.cache_features or (random and not config.cached_views):
+        if blocks == 0 or not config.memory.cache_features or (random and not config.images.cached_views):
             return None
         shape = (architecture.embed_dim,) if blocks is None else (architecture.grid**2 + 1, architecture.vision_width)
-        views, dtype = config.cached_views if random else 1, work.network.dtype
+        views, dtype = config.images.cached_views if random else 1, work.network.dtype
         size = len(dataset) * views * torch.Size(shape).numel() * dtype.itemsize
         if blocks is not None and size > 0.9 * (MEMORY_BYTES + (cache.limit if cache is not None else 0)):
             work.say(
@@ -57,7 +57,7 @@ class FrozenFeatures:
                 "(image_cache_gb), so they run in every step."
             )
             return None
-        made_by = f"{_fingerprint(work.model, blocks)} {blocks} {work.device.type} {config.scale_neurons}"
+        made_by = f"{_fingerprint(work.model, blocks)} {blocks} {work.device.type} {config.layers.scale_neurons}"
         return cls(work, blocks, FeatureCache(dataset, transform, shape, dtype, made_by, views=views, cache=cache))
 
     def inputs(self, batch: Batch) -> Tensor:
@@ -108,10 +108,10 @@ def frozen_blocks(architecture: Architecture, config: TrainConfig) -> int | None
     """How many blocks of the vision tower never train, with all that is before them; None if nothing of it trains."""
     if config.towers == "text":
         return None
-    if architecture.resnet or not config.freeze_embeddings:
+    if architecture.resnet or not config.layers.freeze_embeddings:
         return 0
     # The last block is never kept apart: of it only one position is computed.
-    return min(config.freeze_vision_blocks, layers_of("vision", architecture) - 1)
+    return min(config.layers.freeze_vision_blocks, layers_of("vision", architecture) - 1)
 
 
 def _fingerprint(model: FullCLIP, blocks: int | None) -> str:
