@@ -58,7 +58,7 @@ class OurStep:
         towers: str = "both",
         **settings,
     ):
-        config = TrainConfig(batch_size=batch.pairs, precision=precision, gmp=gmp, towers=towers, **settings)
+        config = TrainConfig.from_flat(batch_size=batch.pairs, precision=precision, gmp=gmp, towers=towers, **settings)
         if gmp:
             model = to_gmp(model)
         self.step = TrainingStep(

@@ -46,11 +46,11 @@ class FrozenFeatures:
         config, architecture = work.config, work.model.architecture
         blocks = frozen_blocks(architecture, config)
         random = transform.is_random
-        if blocks == 0 or not config.cache_features or (random and not config.cached_views):
+        if blocks == 0 or not config.memory.cache_features or (random and not config.images.cached_views):
             return None
         shape = (architecture.embed_dim,) if blocks is None else (architecture.grid**2 + 1, architecture.vision_width)
-        made_by = f"{_fingerprint(work.model, blocks)} {blocks} {work.device.type} {config.scale_neurons}"
-        spec = FeatureSpec(shape, work.network.dtype, made_by, views=config.cached_views if random else 1)
+        made_by = f"{_fingerprint(work.model, blocks)} {blocks} {work.device.type} {config.layers.scale_neurons}"
+        spec = FeatureSpec(shape, work.network.dtype, made_by, views=config.images.cached_views if random else 1)
         size = len(dataset) * spec.views * spec.bytes
         if blocks is not None and size > 0.9 * (MEMORY_BYTES + (cache.limit if cache is not None else 0)):
             work.say(
@@ -108,10 +108,10 @@ def frozen_blocks(architecture: Architecture, config: TrainConfig) -> int | None
     """How many blocks of the vision tower never train, with all that is before them; None if nothing of it trains."""
     if config.towers == "text":
         return None
-    if architecture.resnet or not config.freeze_embeddings:
+    if architecture.resnet or not config.layers.freeze_embeddings:
         return 0
     # The last block is never kept apart: of it only one position is computed.
-    return min(config.freeze_vision_blocks, layers_of("vision", architecture) - 1)
+    return min(config.layers.freeze_vision_blocks, layers_of("vision", architecture) - 1)
 
 
 def _fingerprint(model: FullCLIP, blocks: int | None) -> str:

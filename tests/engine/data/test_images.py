@@ -54,7 +54,7 @@ def data(tmp_path_factory):
 
 def run(data, folder, validation=None, progress=None, cache=None, **changes):
     hooks = {"on_progress": progress} if progress else {}
-    config = TrainConfig(**(QUICK | changes))
+    config = TrainConfig.from_flat(**(QUICK | changes))
     return train(random_clip(), data, validation, config, run_folder=folder, device="cpu", cache_folder=cache, **hooks)
 
 
@@ -205,7 +205,7 @@ def test_half_of_the_pictures_are_mirrored_and_only_if_asked(data):
         found = transform.load(data.path(0), random.Random(seed))
         assert torch.equal(found, plain) or torch.equal(found, plain.flip(2))
         mirrored += torch.equal(found, plain.flip(2))
-    assert 70 < mirrored < 130 and TrainConfig().horizontal_flip is False
+    assert 70 < mirrored < 130 and TrainConfig().images.horizontal_flip is False
 
 
 def test_a_background_that_is_no_colour_is_told(data, tmp_path):
@@ -273,7 +273,7 @@ def test_a_trained_model_is_measured_with_the_squares_it_was_trained_with(data, 
     model = load_full_clip(tmp_path / "run" / "best.safetensors")
     assert model.provenance["pictures"] == {"resize_mode": "pad", "background": "black", "resize_backend": "exact"}
     assert eval_retrieval(model, data).loss == best["loss"]
-    again = train(model, data, data, TrainConfig(**QUICK), run_folder=tmp_path / "again", device="cpu")
+    again = train(model, data, data, TrainConfig.from_flat(**QUICK), run_folder=tmp_path / "again", device="cpu")
     assert "pictures" not in again.full_clip.provenance
 
 

@@ -41,7 +41,7 @@ def computed(monkeypatch):
 
 
 def run(data, folder, *, seed=0, progress=lambda progress: None, cache_folder=None, validation=None, **settings):
-    config = TrainConfig(**(QUICK | settings))
+    config = TrainConfig.from_flat(**(QUICK | settings))
     return train(
         random_clip(seed=seed),
         data,
