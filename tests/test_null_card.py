@@ -121,7 +121,12 @@ def main():
 
 @pytest.mark.parametrize(
     "cc, precision, resolved, settings",
-    [(90, "auto", "bf16", []), (80, "bf16", "bf16", ["--gmp", "--micro-batch", "2"])],
+    [
+        (90, "auto", "bf16", []),
+        (80, "bf16", "bf16", ["--gmp", "--micro-batch", "2"]),
+        (75, "auto", "fp16", []),
+        (90, "fp16", "fp16", ["--gmp", "--micro-batch", "2"]),
+    ],
 )
 def test_a_training_on_cuda_runs_and_resumes(tmp_path, cc, precision, resolved, settings):
     save_full_clip(random_clip(), tmp_path / "model.safetensors")
