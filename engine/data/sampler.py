@@ -9,17 +9,50 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..settings import Settings, setting
 from .dataset import ClipDataset
 
 POLICIES = ("random", "first", "mixed", "all")
 DEFAULT_TEMPLATE = "a photo of a {}."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CaptionsConfig(Settings):
+    """Which of an image's captions a training uses, and how it changes them."""
+
+    caption_policy: Literal["random", "first", "mixed", "all"] = setting(
+        "random",
+        "Which caption of an image to use. random: a random one each epoch; first: always the first; mixed: long and "
+        "short ones in the ratio of long_caption_ratio; all: every caption, each as its own pair in every epoch.",
+    )
+    long_caption_ratio: float = setting(
+        0.5,
+        "For caption_policy mixed: how often to use a long caption instead of a short one.",
+        min=0.0,
+        max=1.0,
+        step=0.05,
+    )
+    caption_dropout: float = setting(0.0, "The share of pairs that get an empty caption.", min=0.0, max=0.9, step=0.05)
+    shuffle_tags: bool = setting(False, "Shuffle the comma-separated tags of a caption, anew each epoch.")
+    keep_tokens: int = setting(0, "For shuffle_tags: leave this many tags at the start in place.", min=0, max=1000)
+    label_template: str = setting(
+        DEFAULT_TEMPLATE, "The caption for images that have a class but no caption; {} stands for the class."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "{}" not in self.label_template:
+            raise UserError(
+                f"label_template is {self.label_template!r}; write a sentence with {{}} where the class goes, such as "
+                f'"{DEFAULT_TEMPLATE}"'
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

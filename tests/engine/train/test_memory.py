@@ -1,6 +1,7 @@
 """The forecast of memory against what torch's allocator says of a step."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -105,15 +106,22 @@ def test_the_micro_batch_is_the_largest_that_fits(monkeypatch):
 
 
 def test_a_process_may_have_a_part_of_a_graphics_card(monkeypatch):
-    card, gb = torch.device("cuda"), 1e9
+    card, gb = torch.device("cuda", 0), 1e9
     told = {
         "mem_get_info": (10 * gb, 24 * gb),
         "memory_reserved": 5 * gb,
         "memory_allocated": 3 * gb,
         "get_per_process_memory_fraction": 1.0,
     }
+
+    def answer(name, device):
+        # As in torch, where these two raise ValueError for a device without an index.
+        if name.endswith("per_process_memory_fraction") and device.index is None:
+            raise ValueError("Expected a torch.device with a specified index")
+        return told[name]
+
     for name in told:
-        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: told[name], raising=False)
+        monkeypatch.setattr(torch.cuda, name, functools.partial(answer, name), raising=False)
     assert memory.total_bytes(card) == 24 * gb
     assert memory.free_bytes(card) == pytest.approx(0.9 * (10 + 5 - 3) * gb)  # 2 of the reserved ones are not in use
     told["get_per_process_memory_fraction"] = 1 / 3
