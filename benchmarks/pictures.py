@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from clip_finetune.engine.data.dataset import load_dataset
 from clip_finetune.engine.data.feature_cache import FeatureCache
 from clip_finetune.engine.data.images.image_cache import ImageCache
 from clip_finetune.engine.data.images.transforms import Transform
+from clip_finetune.engine.data.load import load_dataset
 from clip_finetune.engine.data.loader import THREADS, Pictures, TrainLoader
 from clip_finetune.engine.data.tokenizer import Tokenizer
 

@@ -31,9 +31,7 @@ def dataset_from_images(images: Iterable[numpy.ndarray], captions: Sequence[str]
         if count <= len(captions):
             collector.add(_write(image, folder), captions[count - 1].splitlines() or [""])
     if count != len(captions):
-        raise UserError(
-            f"There are {count} images and {len(captions)} captions; connect one caption for each image."
-        )
+        raise UserError(f"There are {count} images and {len(captions)} captions; connect one caption for each image.")
     by_image = collector.by_image()
     captioned = {name: lines for name, lines in by_image.items() if lines}
     if not captioned:

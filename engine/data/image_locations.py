@@ -15,8 +15,8 @@ from .images.paths import files_in, inside, starts
 
 @dataclasses.dataclass(frozen=True)
 class ImageLocations:
-    """Image names as written, with the folder that each starts from (`origins`) and those that no image may be outside of
-    (`roots`); where they are empty, `folder` is both."""
+    """Image names as written, the folder that each starts from (`origins`), and the folders that all images must be in
+    (`roots`). Where they are empty, `folder` is both."""
 
     folder: str
     names: Sequence[str]

@@ -51,13 +51,13 @@ def read_captions(path: Path, format_name: str = "auto", columns: Columns | None
     if not os.path.isdir(path):
         raise UserError(f"{path} does not exist; give a folder of images with captions, or a labels JSON.")
     files = _CaptionFiles(Source(Tree.of(path), columns or Columns()))
-    refusals = {}
+    refusals: dict[str, str] = {}
     for known in CAPTION_FORMATS:
         if (known.has_columns or columns is None) if format_name == "auto" else known.name == format_name:
-            parsed = files.read(known)
-            if isinstance(parsed, ParsedCaptions):
-                return _finished(parsed, files, known if format_name == "auto" else None)
-            refusals[known.name] = parsed
+            result = files.read(known)
+            if isinstance(result, ParsedCaptions):
+                return _finished(result, files, known if format_name == "auto" else None)
+            refusals[known.name] = result
     raise UserError(_nothing_read(files.source.tree, refusals))
 
 
@@ -186,15 +186,14 @@ def _recognise(file: Path, columns: Columns) -> tuple[CaptionFormat | None, str]
 
 def _recognise_json(file: Path, columns: Columns) -> tuple[CaptionFormat | None, str]:
     names = []
-    with contextlib.closing(json_members(file, COCO_LISTS)) as members:
-        for name, value in itertools.islice(members, _MOST_SNIFFED):
-            if name is None:
-                chosen = columns.choose(list(value)) if isinstance(value, Mapping) else None
-                known = _matching(Clue(file, columns=chosen))
-                return known, "" if known else "is JSON, but no records with an image's name and captions"
-            if known := _matching(Clue(file, member=(name, value))):
-                return known, ""
-            names.append(name)
+    for name, value in itertools.islice(json_members(file, COCO_LISTS), _MOST_SNIFFED):
+        if name is None:
+            chosen = columns.choose(list(value)) if isinstance(value, Mapping) else None
+            known = _matching(Clue(file, columns=chosen))
+            return known, "" if known else "is JSON, but no records with an image's name and captions"
+        if known := _matching(Clue(file, member=(name, value))):
+            return known, ""
+        names.append(name)
     keys = f"the keys {', '.join(name[:40] for name in names[:4])}" if names else "nothing"
     return None, f"is a JSON object with {keys} in it"
 
@@ -207,15 +206,15 @@ def _matching(clue: Clue) -> CaptionFormat | None:
 # ---- from files to one entry per image -------------------------------------------------------------------------------
 
 
-def _merged(
-    known: CaptionFormat, reason: str, captions: Mapping[Path, FileCaptions], source: Source
-) -> ParsedCaptions:
-    """Merge files of one format: an image in several files has the captions of all, but the class of the first. An image
-    of several classes has an entry for each."""
+def _merged(known: CaptionFormat, reason: str, captions: Mapping[Path, FileCaptions], source: Source) -> ParsedCaptions:
+    """Merge files of one format: an image in several files has the captions of all, but the class of the first.
+
+    An image of several classes has an entry for each.
+    """
     are_classes = any(contents.are_classes for contents in captions.values())
     by_origin: dict[str, dict[str, str]] = {}
     for file, contents in captions.items():
-        merged = by_origin.setdefault(_find_origin(source, file, contents), contents.by_image)
+        merged = by_origin.setdefault(_find_origin(known, source, file, contents), contents.by_image)
         for name, lines in contents.by_image.items() if merged is not contents.by_image else ():
             both = name in merged and not are_classes
             merged[name] = caption_lines(f"{merged[name]}\n{lines}".split("\n")) if both else merged.get(name, lines)
@@ -238,11 +237,11 @@ def _merged(
     )
 
 
-def _find_origin(source: Source, file: Path, captions: FileCaptions) -> str:
+def _find_origin(known: CaptionFormat, source: Source, file: Path, captions: FileCaptions) -> str:
     """Return the folder that a file's image names start from.
 
-    That is the file's own, where `images` in it or beside it counts too. If a few names lead to no image there, it is the
-    folder of the dataset in which most of them do.
+    That is the file's own, where `images` in it or beside it counts too. If none of a few names leads to an image there
+    it is the folder of the dataset in which most of them do.
     """
     own, top = str(file.parent), str(source.tree.top)
     step = len(captions.by_image) // _NAMES_TRIED or 1
@@ -263,7 +262,8 @@ def _find_origin(source: Source, file: Path, captions: FileCaptions) -> str:
         return own
     if not source.single and os.path.relpath(origin, top).startswith(os.pardir):
         raise UserError(
-            f"{top} holds captions of the images in {origin}; choose the folder that both are in, or that of the images."
+            f"{top} holds {known.holds} of the images in {origin}; choose the folder that both are in, or that of the "
+            "images."
         )
     return origin
 

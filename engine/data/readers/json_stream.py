@@ -8,7 +8,6 @@ half surrogates, which Python reads; and a file of 100,000 brackets exhausts the
 from __future__ import annotations
 
 import json
-import json.scanner
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -96,7 +95,7 @@ class _Parser:
         while True:
             try:
                 value, self._position = parse(self._text, self._position)
-            except (json.JSONDecodeError, StopIteration, IndexError, RecursionError) as error:
+            except (json.JSONDecodeError, IndexError, RecursionError) as error:
                 if self._ended or _is_final(error, len(self._text)):
                     raise self._user_error(error) from error
                 self._read_on()
@@ -113,10 +112,9 @@ class _Parser:
         self._position = 0
 
     def _user_error(self, error: Exception) -> UserError:
-        if isinstance(error, json.JSONDecodeError):
-            return self._invalid(error.msg[:1].lower() + error.msg[1:], error.pos)
-        if isinstance(error, StopIteration) and error.value < len(self._text):
-            return self._invalid("a value is missing", error.value)
+        if isinstance(error, json.JSONDecodeError) and error.pos < len(self._text):
+            reason = "a value is missing" if error.msg == "Expecting value" else error.msg[:1].lower() + error.msg[1:]
+            return self._invalid(reason, error.pos)
         if isinstance(error, RecursionError):
             return self._invalid("it is nested too deep", self._position)
         if self._empty and not self._text.strip():
@@ -131,7 +129,7 @@ class _Parser:
 # ---- parsers: (text, position) to (value, position after it). An IndexError says that the text ends too early --------
 
 _END = object()
-_scan = json.scanner.make_scanner(json.JSONDecoder())
+_decode = json.JSONDecoder().raw_decode
 
 
 def _is_final(error: Exception, length: int) -> bool:
@@ -153,7 +151,7 @@ def _next_letter(text: str, position: int) -> tuple[str, int]:
 
 
 def _value(text: str, position: int) -> tuple[Any, int]:
-    value, position = _scan(text, _skip_space(text, position))
+    value, position = _decode(text, _skip_space(text, position))
     if not isinstance(value, (str, dict, list)):
         text[position]  # a number may go on in the next block; an IndexError asks for it
     return value, position
@@ -165,7 +163,7 @@ def _first_name(text: str, position: int) -> tuple[str | None, int]:
         return None, position + 1
     if letter != '"':
         raise json.JSONDecodeError("a name in double quotes is missing", text, position)
-    name, position = _scan(text, position)
+    name, position = _decode(text, position)
     letter, position = _next_letter(text, position)
     if letter != ":":
         raise json.JSONDecodeError("a colon is missing", text, position)

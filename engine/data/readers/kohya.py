@@ -1,4 +1,4 @@
-"""kohya's scripts: `{"image": {"caption": …, "tags": …}}`, where the image may lack its extension or have its whole path."""
+"""kohya's scripts: `{"image": {"caption": …, "tags": …}}`, with names that may lack the extension or be full paths."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ def is_labels_member(name: str, value: Any) -> bool:
 def read_by_name(file: Path) -> dict[str, str]:
     """Return caption lines by image name.
 
-    A value may be one text, a list of lists, or an object such as {"caption": …, "tags": …}; a name that comes twice has
-    the captions of both. Raises `UserError` for captions that are none of these.
+    A value may be one text, a list of lists, or an object such as {"caption": …, "tags": …}. A name that comes twice
+    has the captions of both. Raises `UserError` for captions that are none of these.
     """
     collector = CaptionCollector()
     for name, value in json_members(file):

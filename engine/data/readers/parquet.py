@@ -97,8 +97,8 @@ def parquet_notes(files: Sequence[Path], columns: Columns) -> list[str]:
     if sizes:
         name = max(sizes, key=sizes.__getitem__)
         notes.append(
-            f"{name} holds {sizes[name] / 1e9:.1f} GB of images in one row group, which is read from its start to reach "
-            "an image: until the images are cached, opening them takes long. Write the file again with 100 rows per "
+            f"{name} holds {sizes[name] / 1e9:.1f} GB of images in one row group, which must be read from its start to "
+            "reach an image, so opening images is slow until they are cached. Write the file again with 100 rows per "
             "group to make it fast."
         )
     return notes

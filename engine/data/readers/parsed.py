@@ -1,4 +1,4 @@
-"""What a caption reader gets, what it returns, and how captions are stored: one string per image, one line per caption."""
+"""What a caption reader gets and returns, and how captions are stored: one string per image, one line per caption."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ class FileCaptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParsedCaptions:
-    """What a reader returns, one entry per image: its name as written, the folder that the name starts from, its caption
-    lines, its class ("" for none) and its repeats per epoch.
+    """What a reader returns, one entry per image: its name as written, the folder that this starts from (`origins`),
+    its caption lines, its class ("" for none) and its repeats per epoch.
 
     `reason` says briefly why this format was chosen; `notes` are sentences for the user; `originals` maps the absolute
     path of each copy to that of its original.

@@ -14,7 +14,7 @@ from .parsed import CaptionCollector, FileCaptions, Source
 
 
 class _Container(NamedTuple):
-    """How rows are read from a kind of file: `choose` returns its columns, or what the file is if it has none to read."""
+    """How rows are read from a kind of file. `choose` returns the columns, or what the file is if it has none."""
 
     choose: Callable[[Path, Columns], ChosenColumns | str]
     rows: Callable[[Path, Columns], Iterator[tuple[str, list[Any]]]]
@@ -62,8 +62,8 @@ def read_prompt_rows(file: Path, source: Source) -> FileCaptions:
 
 
 def read_class_rows(file: Path, source: Source) -> FileCaptions:
-    """Read the class of every row. An image whose rows disagree gets the class that most of them say, or a line for each
-    of those that are equally frequent. Raises `UserError`."""
+    """Read the class of every row. An image whose rows disagree gets the most frequent class, or a line for each of the
+    equally frequent. Raises `UserError`."""
     votes = _count_votes((name, values[0] if values else "") for name, values in _rows(file, source))
     return FileCaptions(
         by_image={name: vote if isinstance(vote, str) else _most_frequent(vote) for name, vote in votes.items()},
@@ -73,7 +73,7 @@ def read_class_rows(file: Path, source: Source) -> FileCaptions:
 
 
 def _count_votes(rows: Iterable[tuple[str, str]]) -> dict[str, str | collections.Counter[str]]:
-    """The class of each image, or counts of several. Counters only where rows disagree: nearly all images have one row."""
+    """The class of each image, or counts of several. Only images whose rows disagree have a counter: they are few."""
     votes: dict[str, str | collections.Counter[str]] = {}
     agreeing: collections.Counter[str] = collections.Counter()  # further rows that say the same as the first
     for name, value in rows:

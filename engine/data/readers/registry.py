@@ -1,6 +1,6 @@
 """The caption formats, in the order in which they are tried. A new one is a record here, its code and its test.
 
-A reader either knows what it reads or says what it does not know: where it cannot read captions, it returns briefly why.
+A reader either knows what it reads or says what it does not know: where it reads no captions, it returns briefly why.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Clue:
 class CaptionFormat:
     """One way in which captions or classes are stored.
 
-    `help` completes "name: …". `holds` completes "the file holds …". A format of caption files has their `suffixes`,
-    `sniff`, which recognises one by a clue, and `read_file`; one that a folder's layout shows has `read_folder`. Readers
-    return what they read, or briefly why they cannot ("" if there is nothing of this format).
+    `help` completes "name: …", `holds` "the file holds …". A format of caption files has their `suffixes`, `sniff` that
+    recognises one by a clue, and `read_file`; one that the layout of a folder shows has `read_folder`. Readers return
+    what they read, or briefly why they cannot ("" if there is nothing of this format).
 
     `write`, None where a format is only read, returns the text of the caption file `file_name` from (image name,
     captions) pairs; with no `file_name` each image gets a file of its own with the first of the `suffixes`.
