@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from .fingerprint import fingerprint_of
-from .image_locations import ImageLocations
+from .images.locations import ImageLocations
 from .images.paths import relative
 from .readers.parsed import Captions
 

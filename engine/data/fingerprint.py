@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy
 
-from .image_locations import ImageLocations
 from .images.image_files import file_of, stat_of
+from .images.locations import ImageLocations
 from .images.paths import relative
 from .readers.parsed import Captions
 

@@ -18,11 +18,12 @@ from clip_finetune.engine.cli.info import describe_dataset
 from clip_finetune.engine.data import fingerprint
 from clip_finetune.engine.data.images.decoding import BrokenImage, load_image, normalize
 from clip_finetune.engine.data.images.folder_tree import image_suffixes
-from clip_finetune.engine.data.loader import TrainLoader
+from clip_finetune.engine.data.images.transforms import Transform
+from clip_finetune.engine.data.loader import LoaderOptions, TrainLoader
 from clip_finetune.engine.data.readers import json_stream
 from clip_finetune.engine.data.readers.labels_json import read_by_name
 from clip_finetune.engine.data.readers.parsed import caption_lines
-from clip_finetune.engine.data.sampler import epoch_order
+from clip_finetune.engine.data.sampler import CaptionsConfig, epoch_order
 from clip_finetune.engine.data.splits import original_paths
 from clip_finetune.engine.data.tokenizer import Tokenizer
 
@@ -222,7 +223,7 @@ def test_a_long_caption_is_cut_and_counted(tmp_path):
 
 def test_every_caption_comes_and_one_an_epoch(tmp_path):
     data = load_dataset(labels_folder(tmp_path / "colours", 10, captions=3))
-    loader = TrainLoader(data, 32, Tokenizer(77), batch_size=3, seed=0)
+    loader = TrainLoader(data, Tokenizer(77), Transform(image_size=32), CaptionsConfig(), LoaderOptions(batch_size=3))
     drawn = collections.defaultdict(set)
     batches = loader.iterate()
     for epoch in range(30):
@@ -243,7 +244,8 @@ def test_the_order_is_a_function_of_seed_and_step(tmp_path):
     data = load_dataset(labels_folder(tmp_path / "colours", 10))
 
     def batches(start, count, seed=0):
-        loader = TrainLoader(data, 32, Tokenizer(77), batch_size=4, seed=seed)
+        options = LoaderOptions(batch_size=4, seed=seed)
+        loader = TrainLoader(data, Tokenizer(77), Transform(image_size=32), CaptionsConfig(), options)
         found = [
             (step, batch.indices, batch.tokens.tolist())
             for _, (step, batch) in zip(range(count), loader.iterate(start), strict=False)

@@ -9,8 +9,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .images.image_files import file_of
-from .images.paths import files_in, inside, starts
+from .image_files import file_of
+from .paths import files_in, inside, starts
 
 
 @dataclasses.dataclass(frozen=True)
