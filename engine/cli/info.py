@@ -13,7 +13,8 @@ from ..clip.health import BROKEN_MERGE, describe_text_encoder, not_numbers
 from ..clip.load import find_model_source, kind_of, load_full_clip, model_in_folder
 from ..clip.names import text_encoders_in
 from ..clip.tensor_files import INDEX_SUFFIX, FileContents, read_contents
-from ..data.dataset import ClipDataset, load_dataset
+from ..data.dataset import ClipDataset
+from ..data.load import load_dataset
 from ..errors import UserError, one_line
 from ..report.tables import table
 
