@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import importlib.util
 import io
-import types
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -73,10 +72,8 @@ class OurStep:
         """Do as from the second epoch on: the features of the frozen vision tower are cached, and no image is read."""
         with torch.no_grad():
             self.features = self.step.network.encode_image(self.step.pictures(batch.images)).cpu()
-        like = self.features
-        self.step.frozen_vision = FrozenFeatures(
-            self.step, None, types.SimpleNamespace(shape=tuple(like.shape[1:]), dtype=like.dtype)
-        )
+        # Every batch comes with its features, so the cache is never asked.
+        self.step.frozen_vision = FrozenFeatures(self.step, None, None)  # type: ignore[arg-type]  # no cache
 
     def __call__(self, batch: Batch) -> Tensor:
         if self.step.frozen_vision is not None:

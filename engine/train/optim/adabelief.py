@@ -130,8 +130,8 @@ class _Guard:
             return value
         # In float64, as Python's own numbers are, so that a scalar rounds the same way. MPS has no float64.
         dtype = torch.float32 if self.skip.device.type == "mps" else torch.float64
-        scalars = [torch.full((), number, dtype=dtype, device=self.skip.device) for number in (neutral, value)]
-        return torch.where(self.skip, *scalars)
+        if_skipped, otherwise = (torch.full((), n, dtype=dtype, device=self.skip.device) for n in (neutral, value))
+        return torch.where(self.skip, if_skipped, otherwise)
 
 
 Chunk = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]  # the columns of rows, or of pieces of rows
@@ -183,10 +183,11 @@ def _update(chunk: Chunk, numbers: StepNumbers, guard: _Guard) -> None:
         torch._foreach_mul_(surprises, guard.term(1.0))
     torch._foreach_mul_(variances, guard.multiplier(numbers.beta2))
     torch._foreach_addcmul_(variances, surprises, surprises, value=numbers.beta2_rest)
-    if skip is None:
-        torch._foreach_add_(variances, numbers.eps)
+    eps = guard.term(numbers.eps)
+    if isinstance(eps, Tensor):
+        torch._foreach_add_(variances, eps, alpha=1)  # without alpha the host would read the value
     else:
-        torch._foreach_add_(variances, guard.term(numbers.eps), alpha=1)  # without alpha the host would read the value
+        torch._foreach_add_(variances, eps)
     if numbers.rectified:
         roots = torch._foreach_sqrt(variances)
         torch._foreach_add_(roots, numbers.eps)

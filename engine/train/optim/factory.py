@@ -59,9 +59,10 @@ class _Adafactor(torch.optim.Adafactor):
     torch's own knows no `found_inf`; here the host reads it, which makes it wait for the device.
     """
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         if not bool(self.__dict__.pop("found_inf", False)):
-            super().step(closure)
+            return super().step(closure)
+        return None
 
 
 def _two_moments(parameter: Tensor) -> int:
