@@ -35,10 +35,11 @@ def resolve_precision(precision: str, device: torch.device, width: int) -> str:
     """Return the precision to compute in, with "auto" replaced by the fastest safe one.
 
     That is bf16 where the hardware multiplies in bf16 and the model is wide enough to gain from it, fp16 on GPUs
-    without bf16, and fp32 elsewhere. `width` is that of the text tower. Raises `UserError` for fp16 on a CPU.
+    without bf16, and fp32 elsewhere. `width` is that of the text tower. Raises `UserError` for fp16 on a device that is
+    neither CUDA nor a CPU.
     """
-    if precision == "fp16" and device.type != "cuda":
-        raise UserError(f"precision fp16 needs a CUDA GPU, and this training runs on {device}; choose bf16.")
+    if precision == "fp16" and device.type not in ("cuda", "cpu"):
+        raise UserError(f"precision fp16 works on CUDA and the CPU, but this training runs on {device}; choose bf16.")
     if precision != "auto":
         return precision
     if device.type == "cuda":

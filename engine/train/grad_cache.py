@@ -44,16 +44,16 @@ def batch_gradients(
     loss: Callable[[Tensor, Tensor], Tensor],
     *,
     micro_batch: int,
-    loss_scale: Tensor | float = 1.0,
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss,
     check_cancelled: Callable[[], None] = lambda: None,
     timed: Callable[[str], contextlib.AbstractContextManager] = lambda phase: contextlib.nullcontext(),
 ) -> Tensor:
-    """Add the gradient of `loss_scale` * loss to each parameter's `.grad`, and return the loss, detached and unscaled.
+    """Add the gradient of `scale(loss)` to each parameter's `.grad`, and return the loss itself, detached and unscaled.
 
-    `loss` takes the features [b, d] of both sides. A batch of at most `micro_batch` goes through in one piece. `encode`
-    must be a function of each input alone, or step 3 would not repeat step 1 (CLIP has no dropout, and its BatchNorm is
-    a `StoredNorm`). `check_cancelled` may raise between micro-batches; `timed` measures "forward", "loss" and
-    "backward".
+    `scale` multiplies the loss by a constant, as `GradScaler.scale` does. `loss` takes the features [b, d] of both
+    sides. A batch of at most `micro_batch` goes through in one piece. `encode` must be a function of each input alone,
+    or step 3 would not repeat step 1 (CLIP has no dropout, and its BatchNorm is a `StoredNorm`). `check_cancelled` may
+    raise between micro-batches; `timed` measures "forward", "loss" and "backward".
     """
     if len(sides[0].inputs) <= micro_batch:
         with timed("forward"):
@@ -61,14 +61,14 @@ def batch_gradients(
         with timed("loss"):
             value = loss(images, texts)
         with timed("backward"):
-            (value * loss_scale).backward()
+            scale(value).backward()
         return value.detach()
 
     with timed("forward"):
         images, texts = (side.features(micro_batch, check_cancelled).requires_grad_(side.trains) for side in sides)
     with timed("loss"):
         value = loss(images, texts)
-        (value * loss_scale).backward()
+        scale(value).backward()
     for side, features in zip(sides, (images, texts), strict=True):
         if features.grad is None:  # this tower does not train
             continue
