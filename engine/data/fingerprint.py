@@ -33,10 +33,12 @@ def fingerprint_of(
     """
     digest = hashlib.sha256()
     if len(locations.names) <= MOST_STATTED:
-        for index, (name, texts, label) in enumerate(zip(locations.names, captions, labels, strict=True)):
+        for index, (name, image_captions, label) in enumerate(zip(locations.names, captions, labels, strict=True)):
             class_name = None if label is None else class_names[label]
             optional = [column[index] for column in (originals, repeats) if column]
-            digest.update(repr((name, texts, class_name, _size_and_time(locations, index), *optional)).encode())
+            digest.update(
+                repr((name, image_captions, class_name, _size_and_time(locations, index), *optional)).encode()
+            )
         return digest.hexdigest()
 
     def add(texts: Sequence[str]) -> None:
