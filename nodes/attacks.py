@@ -5,15 +5,12 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ..engine.evaluate.ranking import rank_captions
-from ..engine.evaluate.suite import notes_of, percent
-from ..engine.evaluate.typographic.attack import eval_typographic, sheet_heading, sheet_of
-from ..engine.evaluate.typographic.photographed import CLEAN
-from ..engine.report.attack_charts import attack_chart, ranking_chart
-from ..engine.report.charts import against_baseline
-from ..engine.report.tables import table
+from ..engine.evaluate import suite
+from ..engine.evaluate.comparison import notes_of
+from ..engine.evaluate.ranking import rank_captions, rankings_chart, rankings_table
+from ..engine.report.tables import percent
 from . import host
-from .evaluation import evaluation_inputs, evaluation_outputs, feature_cache, measure
+from .evaluation import evaluate, evaluation_inputs, evaluation_outputs, feature_cache
 from .sockets import CATEGORY, FullClip
 
 
@@ -45,47 +42,8 @@ class EvalTypographic(io.ComfyNode):
 
     @classmethod
     def execute(cls, full_clip, dataset, baseline=None, seed=0):
-        results, display = measure(
-            cls,
-            lambda model, **host_calls: eval_typographic(model, dataset, seed=seed, **host_calls),
-            full_clip,
-            baseline,
-        )
-        model, before = results["model"], results.get("baseline")
-        sentence = against_baseline(
-            "Accuracy under attack", model.accuracy_under_attack, before and before.accuracy_under_attack
-        )
-        display.say(sentence)
-        sheet, heading = sheet_of(dataset, model, before), sheet_heading(before is not None)
-        chart = host.image_tensor(attack_chart(_groups(results), sheet, title=sentence, heading=f"{heading}:"))
-        return io.NodeOutput(model.accuracy_under_attack, _table(results), chart, ui=ui.PreviewImage(chart, cls=cls))
-
-
-def _groups(results):
-    """{what is measured: {model: share}}, as bars."""
-    groups: dict[str, dict[str, float]] = {}
-    for name, found in results.items():
-        for kind, shares in found.kinds.items():
-            groups.setdefault(f"right, {kind}", {})[name] = shares.accuracy
-        groups.setdefault("the word wins", {})[name] = found.word_wins
-    return groups
-
-
-def _table(results):
-    kinds = next(iter(results.values())).kinds
-    measures = {
-        "right": lambda shares: percent(shares.accuracy),
-        "the written word wins": lambda shares: percent(shares.word_wins),
-        "object over its word": lambda shares: percent(shares.object_over_word),
-    }
-    rows = [
-        {"pictures": f"{kind} ({kinds[kind].images}): {measure}"}
-        | {name: tell(found.kinds[kind]) for name, found in results.items()}
-        for kind in kinds
-        for measure, tell in measures.items()
-        if kind != CLEAN or measure != "the written word wins"
-    ]
-    return table(rows)
+        request = suite.Request(templates="simple", typographic=True, seed=seed)
+        return evaluate(cls, suite.TYPOGRAPHIC, request, full_clip, dataset, baseline)
 
 
 class RankCaptions(io.ComfyNode):
@@ -123,47 +81,21 @@ class RankCaptions(io.ComfyNode):
                     found[name] = rank_captions(
                         model, picture, texts.splitlines(), device=host.device(), features=feature_cache()
                     )
-        mine = found["model"]
-        order = mine.order
+        model, before = found["model"], found.get("baseline")
         more = [f"{len(image)} images came; the first is ranked."] if len(image) > 1 else []
-        for note in (*notes_of(mine, found.get("baseline")), *more):
+        for note in (*notes_of(model.notes, before and before.notes), *more):
             display.say(note)
-        first = mine.texts[order[0]]
-        sentence = f"Nearest: “{first}” ({percent(mine.shares[order[0]])})"
-        if "baseline" in found:
-            other = found["baseline"]
-            sentence += f"; the baseline finds “{other.texts[other.order[0]]}”"
+        first = model.order[0]
+        sentence = f"Nearest: “{model.texts[first]}” ({percent(model.shares[first])})"
+        if before:
+            sentence += f"; the baseline finds “{before.texts[before.order[0]]}”"
         display.say(f"{sentence}.")
-        chart = host.image_tensor(
-            ranking_chart(
-                picture,
-                [mine.texts[place] for place in order],
-                {name: [ranking.shares[place] for place in order] for name, ranking in found.items()},
-                {name: [ranking.cosines[place] for place in order] for name, ranking in found.items()},
-            )
-        )
-        return io.NodeOutput(chart, _ranking_table(found, order), ui=ui.PreviewImage(chart, cls=cls))
+        chart = host.image_tensor(rankings_chart(picture, found))
+        return io.NodeOutput(chart, rankings_table(found), ui=ui.PreviewImage(chart, cls=cls))
 
 
 def _pil(array):
     return Image.fromarray(array if array.shape[2] > 1 else array[:, :, 0])
-
-
-def _ranking_table(found, order):
-    return table(
-        [
-            {"text": found["model"].texts[place]}
-            | {
-                f"{name} {what}": value
-                for name, ranking in found.items()
-                for what, value in (
-                    ("share", percent(ranking.shares[place])),
-                    ("cosine", f"{ranking.cosines[place]:.4f}"),
-                )
-            }
-            for place in order
-        ]
-    )
 
 
 NODES = [EvalTypographic, RankCaptions]
