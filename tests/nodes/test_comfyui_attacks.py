@@ -1,6 +1,7 @@
 """Evaluate Typographic Attack, Rank Captions and the evaluations' shared features in a real ComfyUI."""
 
 import json
+import re
 
 import pytest
 from clips import random_clip
@@ -49,7 +50,9 @@ def attack(folder, **columns):
 
 def test_words_are_drawn_and_measured_against_the_baseline(comfyui):
     result = succeed(comfyui, attack("attacked"))
-    heading, _, *rows = result["outputs"]["5"]["text"][0].splitlines()
+    accuracies, kinds = result["outputs"]["5"]["text"][0].split("\n\n")
+    assert [row.split("  ")[0] for row in accuracies.splitlines()[2:]] == ["clean", "under attack", "word wins"]
+    heading, _, *rows = kinds.splitlines()
     assert heading.split()[-2:] == ["baseline", "model"] and all(row.count("%") == 2 for row in rows)
     assert [row.split(":")[0] for row in rows] == ["clean (24)"] * 2 + ["drawn (24)"] * 3
     assert 0 <= float(result["outputs"]["6"]["text"][0]) <= 1
@@ -92,7 +95,7 @@ def test_texts_are_ranked_for_a_picture_by_both_models(comfyui):
 
 def test_no_text_is_told_in_a_sentence(comfyui):
     result = comfyui.queue(ranking(" \n"))
-    assert result["status"] == "error" and "There is no text to rank; write one a line" in json.dumps(result)
+    assert result["status"] == "error" and "There is no text to rank; write one per line" in json.dumps(result)
 
 
 def test_zero_shot_tells_intervals_classes_and_the_published_figure(comfyui):
@@ -100,6 +103,9 @@ def test_zero_shot_tells_intervals_classes_and_the_published_figure(comfyui):
     prompt["4"] = node("EvalZeroShot", full_clip=["1", 0], dataset=["3", 0], baseline=["2", 0], protocol="published")
     result = succeed(comfyui, prompt)
     table = result["outputs"]["5"]["text"][0]
-    assert all(row.count("%") == 2 for row in table.splitlines()[2:])
-    assert "may be" in table and "as published; no accuracy" in table and "class red (6)" in table
+    accuracies, classes, *mistakes = table.split("\n\n")
+    for row in (*accuracies.splitlines()[2:], *classes.splitlines()[2:]):
+        assert len(re.findall(r"\d%", row)) == 2, row
+    assert "95 % interval" in accuracies and "as published; not an accuracy" in accuracies
+    assert "class red (6)" in classes and all("taken for" in table for table in mistakes)
     assert "top 1 may differ by" in result["texts"]["4"]

@@ -36,7 +36,7 @@ def data(tmp_path_factory):
 
 
 def centred(model):
-    """With the mean of pictures of noise at zero, so that they fall into different classes."""
+    """With the mean of images of noise at zero, so that they fall into different classes."""
     pictures = torch.randn(200, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     network = build_network(model).eval()
     with torch.no_grad():
@@ -61,7 +61,7 @@ def planted(model, tmp_path_factory):
         picture = Image.fromarray(chance.integers(0, 256, (4, 4, 3), dtype=numpy.uint8)).resize((32, 32), 0)
         (folder / "all").mkdir(exist_ok=True)
         picture.save(folder / f"all/{number:02}.png")
-    # Each picture gets the class that the model in the middle gives it.
+    # Each image gets the class that the model in the middle gives it.
     names = ["ant", "boat", "cloud", "door"]
     (folder / "all/labels.json").write_text(json.dumps({f"{n:02}.png": [f"picture {n}"] for n in range(80)}))
     encoder = Encoder.of(model)
@@ -76,7 +76,7 @@ def planted(model, tmp_path_factory):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """How many pictures and texts went through a network."""
+    """How many images and texts went through a network."""
     counts = {"images": 0, "texts": 0}
     build = encoder_module.build_network
 

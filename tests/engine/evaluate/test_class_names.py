@@ -71,7 +71,7 @@ def test_all_of_imagenets_names_are_in_open_clips_order(tmp_path):
     assert with_classes(data)[0].class_names == tuple(open_clip.IMAGENET_CLASSNAMES)
 
 
-def test_a_file_beside_the_folders_says_what_they_are_called(tmp_path):
+def test_a_file_beside_the_folders_gives_the_class_names(tmp_path):
     folder = wnid_folder(tmp_path / "val", ["n00000001", "n01440764"])
     with pytest.raises(UserError, match="n00000001 is not a known one; put a file LOC_synset_mapping.txt"):
         with_classes(load_dataset(folder))
@@ -82,7 +82,7 @@ def test_a_file_beside_the_folders_says_what_they_are_called(tmp_path):
     assert with_classes(load_dataset(folder))[0].class_names == ("nearer", "tench")
 
 
-def test_what_decides_between_classes_and_captions(model, moved, data, tmp_path):
+def test_a_dataset_is_scored_by_classes_only_if_all_samples_have_one(model, moved, data, tmp_path):
     classes = load_dataset(class_folder(tmp_path / "classes"))
     names = {f"{name}/{n}.png": [name] for name in classes.class_names for n in range(3)}
     shutil.copytree(tmp_path / "classes", tmp_path / "named")
@@ -105,7 +105,7 @@ def test_what_decides_between_classes_and_captions(model, moved, data, tmp_path)
         calibrate_logit_scale(model, load_dataset(tmp_path / "one"))
 
 
-def test_classes_called_by_wordnets_numbers_are_compared_by_their_names(model, moved, tmp_path, monkeypatch):
+def test_classes_called_by_wordnet_ids_are_compared_by_their_names(model, moved, tmp_path, monkeypatch):
     for number, (wnid, name) in enumerate([("n01440764", "tench"), ("n02123045", "tabby cat")]):
         for folder in (f"numbers/{wnid}", f"names/{name}"):
             (tmp_path / folder).mkdir(parents=True)

@@ -57,7 +57,7 @@ def test_neither_batches_nor_order_nor_copies_change_a_comparison(model, moved, 
     assert again.calibration_model.ece_stored == pytest.approx(first.calibration_model.ece_stored, abs=1e-5)
 
 
-def test_each_picture_is_encoded_once_by_each_model(model, moved, data, monkeypatch):
+def test_each_model_encodes_each_image_once(model, moved, data, monkeypatch):
     seen = []
     encode = Encoder.encode_batches
 
@@ -71,7 +71,7 @@ def test_each_picture_is_encoded_once_by_each_model(model, moved, data, monkeypa
     assert seen == [20, 20]
 
 
-def test_both_models_stand_on_the_baselines_axes(model, moved, data):
+def test_both_models_are_drawn_on_the_baselines_axes(model, moved, data):
     found = compare_full_clips(moved, model, data)
     embedded = geometry.embed(Encoder.of(model), data)
     axes = geometry.axes_of(embedded)
@@ -92,7 +92,7 @@ def test_a_comparison_is_shown_as_table_chart_and_json(model, moved, data, tmp_p
     assert said["conditioning"]["prompts"] == 1 and said["calibration"]["model"]["answers"] == (
         20 if kind == "captions" else 4
     )
-    assert any("of fewer than 100" in note for note in found.notes)
+    assert any("below 100, chance decides much" in note for note in found.notes)
 
 
 def test_weights_in_bf16_and_fp16_are_compared(model, data):
@@ -105,7 +105,7 @@ def test_weights_in_bf16_and_fp16_are_compared(model, data):
         assert found.health == wide.health
 
 
-def test_a_model_of_nan_is_refused_by_everything_here(model, data):
+def test_a_model_of_nan_is_refused_by_every_comparison(model, data):
     broken = model.derive({"transformer.resblocks.0.mlp.c_fc.weight": torch.full((256, 64), math.nan)}, step="broken")
     for measure in (
         lambda: compare_full_clips(broken, model, data),
@@ -121,7 +121,7 @@ def test_a_model_of_nan_is_refused_by_everything_here(model, data):
             measure()
 
 
-def test_models_of_two_kinds_are_refused_in_one_sentence(model, data):
+def test_models_of_two_architectures_are_refused_in_one_sentence(model, data):
     other = random_clip(vision_layers=3, embed_dim=16)
     for measure in (
         lambda: compare_full_clips(model, other, data),
@@ -144,7 +144,7 @@ def test_too_little_data_is_refused(model, tmp_path):
         blend_sweep(model, model, single.subset([]))
 
 
-def test_cancelling_is_heard_and_progress_ends_at_its_total(model, moved, data):
+def test_cancelling_works_and_progress_ends_at_its_total(model, moved, data):
     class Cancelled(BaseException):
         pass
 
@@ -202,12 +202,12 @@ def test_the_verdict_says_what_the_numbers_say(model, data, changes, health, wor
     assert found == health and words in " ".join(sentences)
 
 
-def test_a_baseline_that_tells_nothing_apart_is_no_measure(model, data):
+def test_a_baseline_that_tells_nothing_apart_gives_no_verdict_on_embeddings(model, data):
     found = compare_full_clips(disturbed(model, 0.01), model, data)
     assert found.baseline.separation < 0.5 and "The baseline itself hardly tells" in found.verdict[1]
 
 
-def test_what_is_said_of_the_baselines_calibration_is_kept(model, moved, data, monkeypatch):
+def test_notes_on_the_baselines_calibration_are_kept(model, moved, data, monkeypatch):
     told = iter([("Of one only.", "Of both."), ("Of both.",)])
     calibrate = comparison.calibration_of
     monkeypatch.setattr(

@@ -58,13 +58,13 @@ def test_a_gmp_model_drifts_as_it_folds(model, moved):
         assert ours.drift == pytest.approx(theirs.drift, rel=1e-5)
 
 
-def test_the_temperature_is_told_apart_from_the_weights(model):
+def test_the_temperature_is_reported_apart_from_the_weights(model):
     hotter = model.derive({"logit_scale": torch.tensor(math.log(50.0))}, step="hotter")
     found = weight_drift(hotter, model)
     assert found.vision == found.text == 0 and found.logit_scale[1] == pytest.approx(50)
 
 
-def test_a_resnets_blocks_have_their_places():
+def test_the_blocks_of_a_resnet_are_known_by_depth():
     resnet = random_clip(
         vision_layers=(1, 1, 1, 1),
         patch_size=None,

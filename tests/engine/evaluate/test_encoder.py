@@ -15,7 +15,7 @@ from clip_finetune.engine.evaluate import encoder as encoder_module
 from clip_finetune.engine.evaluate.encoder import Encoder, EncodingCache
 
 
-def test_evaluators_that_share_a_cache_encode_each_picture_and_text_once(model, tmp_path, passes):
+def test_evaluators_that_share_a_cache_encode_each_image_and_text_once(model, tmp_path, passes):
     data, cache = load_dataset(labelled_and_captioned(tmp_path / "both")), EncodingCache()
     alone = [eval_zero_shot(model, data).as_dict(), eval_retrieval(model, data).as_dict()]
     alone.append(eval_typographic(model, data))
@@ -35,7 +35,7 @@ def test_evaluators_that_share_a_cache_encode_each_picture_and_text_once(model, 
     assert [count["images"] for count in counted] == [12, 12, 24]  # those with words are drawn anew
     assert [count["texts"] for count in counted] == [320, 324, 324 + 28]
     assert eval_zero_shot(model, data, features=cache).as_dict() == alone[0] and passes["images"] == 24
-    # Another model, another picture, or the same name with other bytes is encoded.
+    # Another model, another image, or the same name with other bytes is encoded.
     eval_zero_shot(random_clip(seed=4), data, features=cache)
     assert passes["images"] == 36
     Image.new("RGB", (32, 32), "white").save(tmp_path / "both/red/0.png")
@@ -45,7 +45,7 @@ def test_evaluators_that_share_a_cache_encode_each_picture_and_text_once(model, 
     assert passes["images"] == 37
 
 
-def test_texts_of_equal_tokens_have_the_same_bits_in_any_batch_and_out_of_the_cache(model):
+def test_texts_of_equal_tokens_have_the_same_bits_in_any_batch_and_from_the_cache(model):
     from clip_finetune.engine.evaluate.encoder import EncodingCache
 
     encoder = Encoder.of(model, device="cpu", features=EncodingCache())
@@ -72,7 +72,7 @@ def test_the_cache_knows_the_transform_and_the_activation(model, tmp_path, passe
         assert passes["images"] == 12 * number
 
 
-def test_the_cache_is_bounded_and_what_was_asked_for_last_stays():
+def test_the_cache_is_bounded_and_keeps_what_was_used_last():
     cache = EncodingCache(limit=10 * (4000 + encoder_module._ENTRY_BYTES))
     for number in range(25):
         cache.put(number, torch.full((1000,), float(number)))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from clip_finetune.engine.evaluate import encoder as encoder_module
 from clip_finetune.engine.evaluate import geometry
 
-PAIRS = [list(range(3 * image, 3 * image + 3)) for image in range(60)]  # three texts a picture
+PAIRS = [list(range(3 * image, 3 * image + 3)) for image in range(60)]  # three texts an image
 
 
 def unit(*shape, seed=0):
@@ -110,7 +110,7 @@ def test_a_large_set_is_sampled_where_each_pair_counts_and_says_so(clouds, monke
 
 
 @pytest.mark.soak
-def test_the_geometry_of_100_000_pictures_fits():
+def test_the_geometry_of_100_000_images_fits_in_memory():
     images, texts = unit(100_000, 768), unit(100_000, 768, seed=1)
     pictures = encoder_module.EncodedImages(images, [[row] for row in range(100_000)], ())
     embedded = geometry.Embedded(pictures, texts, [[row] for row in range(100_000)])

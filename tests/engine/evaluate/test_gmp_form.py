@@ -52,7 +52,7 @@ def test_a_gmp_model_has_the_distributions_of_its_plain_form_and_signs_are_kept(
     assert found.r[1] < 0 and found.turned[1] == pytest.approx(180, abs=0.1)
 
 
-def test_rows_that_were_turned_by_known_angles_are_found(model):
+def test_the_angles_of_rows_turned_by_known_degrees_are_measured(model):
     name = "visual.transformer.resblocks.1.mlp.c_proj.weight"
     weight = model.state_dict[name].double()
     r, theta = weight_to_gmp(weight)

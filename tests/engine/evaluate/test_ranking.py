@@ -21,7 +21,7 @@ def features_of(model, pictures, texts, template="{}"):
         return images.double(), F.normalize(network.encode_text(tokenizer(texts)), dim=1).double()
 
 
-def test_texts_are_ranked_by_cosine_and_shared_at_the_models_own_scale(model, tmp_path):
+def test_texts_are_ranked_by_cosine_with_shares_at_the_models_own_scale(model, tmp_path):
     picture = Image.fromarray(numpy.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=numpy.uint8))
     picture.save(tmp_path / "picture.png")
     texts = ["a cat", "a dog", "a red square"]
@@ -37,7 +37,7 @@ def test_texts_are_ranked_by_cosine_and_shared_at_the_models_own_scale(model, tm
     assert [line["text"] for line in found.as_dict()["texts"]] == [texts[place] for place in found.order]
 
 
-def test_ranking_needs_a_text_and_tells_of_long_ones(model):
+def test_ranking_needs_a_text_and_notes_long_ones(model):
     picture = Image.new("RGB", (40, 40))
     for texts in ([], ["", "  "]):
         with pytest.raises(UserError, match="no text to rank; write one per line"):

@@ -34,7 +34,7 @@ def recall_as_clip_benchmark_defines_it(scores, positive, k):
     return positive.gather(1, best).any(1).double().mean().item()
 
 
-def test_recall_is_clip_benchmarks_with_several_captions_a_picture():
+def test_recall_is_clip_benchmarks_with_several_captions_per_image():
     images, texts = unit(40, 16), unit(200, 16, seed=1)
     relevant = [list(range(5 * image, 5 * image + 5)) for image in range(40)]
     positive = torch.zeros(40, 200, dtype=torch.bool)
@@ -55,7 +55,7 @@ def test_a_tie_is_not_a_win_and_median_ranks_are_counted():
     images = torch.eye(3, dtype=torch.float64)
     texts = torch.stack([images[0], images[0], images[2]])
     to_text, to_image = retrieval_metrics(images, texts, [[0], [1], [2]])
-    # Picture 0 ties with text 1, picture 1 has 0 for all three; text 0 and 1 both find picture 0.
+    # Image 0 ties with text 1, image 1 has 0 for all three; text 0 and 1 both find image 0.
     assert to_text.r1 == pytest.approx(1 / 3) and to_text.median_rank == 2
     assert to_image.r1 == pytest.approx(2 / 3)
 
@@ -87,8 +87,8 @@ def test_blocks_of_any_size_give_the_same_ranks_and_loss(monkeypatch):
             assert getattr(found, f"r{k}") == pytest.approx((ranks <= k).double().mean().item(), abs=1e-12)
 
 
-def test_memory_does_not_grow_with_the_square_of_the_set(monkeypatch):
-    """20,000 pictures and texts, whose similarity matrix would be 3.2 GB, in blocks of 34 MB."""
+def test_memory_does_not_grow_with_the_square_of_the_dataset(monkeypatch):
+    """20,000 images and texts, whose similarity matrix would be 3.2 GB, in blocks of 34 MB."""
     images, texts = unit(20_000, 16).float(), unit(20_000, 16, seed=1).float()
     sizes, add = [], retrieval._Ranks.add
 
@@ -101,7 +101,7 @@ def test_memory_does_not_grow_with_the_square_of_the_set(monkeypatch):
     assert max(sizes) < 40e6 and sum(sizes) == 8 * 20_000**2 and 1000 < to_text.median_rank < 19_000
 
 
-def test_the_loss_of_the_whole_set_is_open_clips():
+def test_the_loss_of_the_whole_dataset_is_open_clips():
     import open_clip
 
     images, texts = unit(50, 16), unit(50, 16, seed=1)
@@ -134,7 +134,7 @@ def test_retrieval_of_class_folders_is_refused(model, tmp_path):
 
 
 def numbered_and_named(tmp_path):
-    """The same pictures, half of them captioned, the others in class folders that have WordNet's numbers, or names."""
+    """The same images, half of them captioned, the others in class folders that have WordNet's numbers, or names."""
     found = []
     captioned = load_dataset(labels_folder(tmp_path / "captioned", 4))
     for kind, folders in (("numbers", ("n01440764", "n02123045")), ("names", ("tench", "tabby cat"))):
@@ -145,7 +145,7 @@ def numbered_and_named(tmp_path):
     return found
 
 
-def test_classes_called_by_wordnets_numbers_are_searched_for_by_their_names(model, tmp_path):
+def test_classes_called_by_wordnet_ids_are_retrieved_by_their_names(model, tmp_path):
     numbered, named = numbered_and_named(tmp_path)
     found, expected = eval_retrieval(model, numbered), eval_retrieval(model, named)
     assert (found.image_to_text, found.text_to_image) == (expected.image_to_text, expected.text_to_image)
@@ -155,7 +155,7 @@ def test_classes_called_by_wordnets_numbers_are_searched_for_by_their_names(mode
     assert together.as_dict()["retrieval"] == found.as_dict()
 
 
-def test_a_training_measures_the_captions_that_it_trains_on_whatever_its_classes_are_called(model, tmp_path):
+def test_validation_uses_the_captions_of_the_training_whatever_the_classes_are_called(model, tmp_path):
     for number, folder in enumerate(("n00000001", "n00000002", "n00000003")):  # WordNet has no such thing
         (tmp_path / "classes" / folder).mkdir(parents=True)
         for copy in range(2):
@@ -166,7 +166,7 @@ def test_a_training_measures_the_captions_that_it_trains_on_whatever_its_classes
     assert len(result.validations) > 1
 
 
-def test_captions_that_are_cut_are_told(model, tmp_path):
+def test_a_note_counts_the_captions_that_are_cut(model, tmp_path):
     folder = labels_folder(tmp_path / "colours", 3, captions=1)
     labels = json.loads((folder / "labels.json").read_text())
     labels["000.png"] = ["word " * 100]

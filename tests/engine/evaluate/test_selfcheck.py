@@ -63,7 +63,7 @@ def test_the_self_check_measures_with_both_activations(model, sets):
 
 
 def _karpathy(folder, file, test, rest):
-    """COCO's folder with a file of the split's, whose pictures have numbers."""
+    """COCO's folder with a file of the split's, whose images have numbers."""
 
     def named(number):
         return f"COCO_val2014_{number:012d}.jpg"
@@ -96,7 +96,7 @@ def test_only_the_test_part_of_karpathys_split_counts(model, tmp_path, file, pic
     for number in (*test, *rest):
         (top / pictures.format(number)).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), tuple(chance.choices(range(256), k=3))).save(top / pictures.format(number))
-    (top / pictures.format(100)).with_suffix(".json").write_text("{}")  # what lies beside a picture is none
+    (top / pictures.format(100)).with_suffix(".json").write_text("{}")  # what lies beside an image is none
     _karpathy(top, top / file, test, rest)
     found = karpathy_test(top)
     assert [tuple(map(str.strip, captions)) for captions in test.values()] == list(found.captions)
@@ -110,7 +110,7 @@ def test_only_the_test_part_of_karpathys_split_counts(model, tmp_path, file, pic
         selfcheck(model, coco=top)
 
 
-def test_a_damaged_split_is_told_and_without_one_there_is_none(tmp_path):
+def test_a_damaged_split_file_is_refused_and_without_one_there_is_none(tmp_path):
     assert karpathy_test(tmp_path) is None
     odd = ('{"image": "1.jpg", "caption": 7}', '{"image": ["a"], "caption": ["x"]}', '{"image": 12, "caption": ["x"]}')
     for text in ('{"images": [{"split": "test"}]}', "{", "[1]", "7", "[" * 100_000, *(f"[{record}]" for record in odd)):

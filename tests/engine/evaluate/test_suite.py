@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from clips import random_clip
-from image_folders import SCAM, class_folder, labels_folder, scam_folder
+from image_folders import SCAM, class_folder, labelled_and_captioned, labels_folder, scam_folder
 
 from clip_finetune.engine import (
     UserError,
@@ -23,7 +23,7 @@ from clip_finetune.engine.evaluate.typographic.photographed import (
 )
 
 
-def test_one_evaluation_encodes_each_picture_once(model, tmp_path, passes):
+def test_one_evaluation_encodes_each_image_once(model, tmp_path, passes):
     data = load_dataset(labelled_and_captioned(tmp_path / "both"))
     (result,) = evaluate([Candidate("model", None, model)], data, Request(templates="simple"))
     assert list(result.measured) == ["zero_shot", "retrieval"]
@@ -38,7 +38,7 @@ def test_one_evaluation_encodes_each_picture_once(model, tmp_path, passes):
         assert result.measured["typographic"] == eval_typographic(random_clip(seed=4), data, templates=templates)
 
 
-def test_the_short_set_is_the_default_for_words_that_are_on_the_pictures_alone(model, tmp_path):
+def test_the_short_templates_are_the_default_only_for_words_written_on_the_images(model, tmp_path):
     drawn = load_dataset(class_folder(tmp_path / "drawn"))
     (found,) = evaluate([Candidate("model", None, model)], drawn, Request(typographic=True))
     assert found.measured["zero_shot"] == eval_zero_shot(model, drawn, templates="openai-80")
@@ -61,7 +61,7 @@ def test_a_broken_model_among_several_is_named(model, tmp_path):
         evaluate([Candidate("model", None, model), Candidate("model", "broken.safetensors", broken)], data)
 
 
-def test_the_command_attacks(model, tmp_path, monkeypatch, capsys):
+def test_the_command_measures_attacks(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_full_clip(model, "tiny.safetensors")
     class_folder(tmp_path / "classes")

@@ -62,7 +62,7 @@ def test_zero_shot_accuracy_is_that_of_open_clips_classifier(model, tmp_path, te
     assert found.mean_per_class == pytest.approx(expected, abs=1e-6)
 
 
-def test_what_classes_are_compared_with_is_open_clips_to_the_last_digits(model):
+def test_class_features_are_those_of_open_clip_to_the_last_digits(model):
     import open_clip
 
     names, tokenizer = ["red", "great white shark", "dog"], Tokenizer(77)
@@ -73,13 +73,13 @@ def test_what_classes_are_compared_with_is_open_clips_to_the_last_digits(model):
         torch.testing.assert_close(found, theirs.T, rtol=0, atol=1e-6)
 
 
-def test_classes_of_equal_score_are_not_won():
+def test_a_tie_between_classes_is_not_a_win():
     scores = torch.tensor([[1.0, 1.0, 0.0], [0.5, 0.4, 0.3]], dtype=torch.float64)
     right = torch.tensor([[True, False, False], [False, False, True]])
     assert ranks_of(scores, right).tolist() == [2, 3]
 
 
-def test_what_is_mistaken_for_what_is_counted(model, tmp_path, monkeypatch):
+def test_mistakes_are_counted_by_class_and_answer(model, tmp_path, monkeypatch):
     data = load_dataset(class_folder(tmp_path / "classes", per_class=6))
     found = eval_zero_shot(model, data, templates="simple")
     wrong = sum(count for *_, count in found.confused)
@@ -97,14 +97,14 @@ def test_what_is_mistaken_for_what_is_counted(model, tmp_path, monkeypatch):
     assert turned.details() == details and turned.as_dict() == found.as_dict()
 
 
-def test_a_picture_in_two_classes_is_one_picture_that_both_are_right_for(model, tmp_path):
+def test_an_image_in_two_classes_is_one_image_that_is_right_with_either(model, tmp_path):
     folder = class_folder(tmp_path / "classes", per_class=2)
     shutil.copy(folder / "red/0.png", folder / "blue/again.png")
     found = eval_zero_shot(model, load_dataset(folder), templates="none")
     assert found.images == 8 and found.per_class_images == {"blue": 3, "green": 2, "red": 2, "yellow": 2}
 
 
-def test_a_table_of_several_answers_a_picture_counts_each_picture_once(model, tmp_path):
+def test_a_table_with_several_rows_per_image_counts_each_image_once(model, tmp_path):
     folder = class_folder(tmp_path / "classes", per_class=2)
     rows = [f"{name}/{n}.png,{name}" for name in COLOURS for n in range(2)]
     table = "\n".join(["image,label", *rows, *rows, rows[0].replace(",red", ",blue")])
@@ -124,7 +124,7 @@ def test_a_bootstrap_interval_is_that_of_drawing_with_replacement():
 
 
 def test_the_interval_of_a_difference_is_that_of_pairs():
-    """Two models that are right on the same pictures but one differ surely, however wide their own intervals are."""
+    """Two models that are right on the same images but one differ surely, however wide their own intervals are."""
     baseline = torch.tensor([1.0, 0.0] * 200)
     model = baseline.clone()
     model[1:60:2] = 1.0
@@ -168,7 +168,7 @@ def test_the_published_figure_is_that_of_batches_of_48(model, tmp_path):
         eval_zero_shot(model, data, protocol="other")
 
 
-def test_the_published_figure_gets_bare_names_of_any_length_and_no_order(model, tmp_path, monkeypatch):
+def test_the_published_figure_uses_bare_names_and_ignores_order(model, tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(zero_shot, "in_batch_share", lambda *arguments: given.append(arguments) or 0.5)
     data = load_dataset(class_folder(tmp_path / "classes"))
@@ -184,7 +184,7 @@ def test_the_published_figure_gets_bare_names_of_any_length_and_no_order(model, 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(a model that has learnt to tell noisy colours apart, 400 pictures of which it knows most)."""
+    """(a model that has learnt to tell noisy colours apart, 400 images of which it knows most)."""
     top = tmp_path_factory.mktemp("trained")
     noise = numpy.random.default_rng(0)
     for part, count in (("train", 24), ("test", 100)):
@@ -246,7 +246,7 @@ def test_custom_templates_are_used_and_checked(model, tmp_path):
             eval_zero_shot(model, data, templates="custom", custom_templates=lines)
 
 
-def test_an_empty_validation_part_is_told(model, tmp_path):
+def test_an_empty_validation_split_is_refused_with_a_way_out(model, tmp_path):
     for folder, measure in ((labels_folder, eval_retrieval), (class_folder, eval_zero_shot)):
         data = load_dataset(folder(tmp_path / folder.__name__)).subset([])
         with pytest.raises(UserError, match="set validation_split above 0"):

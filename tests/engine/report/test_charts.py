@@ -7,7 +7,7 @@ from clip_finetune.engine.report.image_charts import chart_with_sheet, ranking_c
 from clip_finetune.engine.report.tables import table, time_words
 
 
-def test_charts_are_drawn_from_any_numbers_and_never_have_an_alpha_channel():
+def test_charts_of_any_numbers_never_have_an_alpha_channel():
     step = {"kind": "step", "step": 1, "loss": 1.0, "learning_rate": {"all": 1e-6}}
     for steps in ([], [step], [step] * 3, [step | {"step": n, "loss": float("nan")} for n in range(4)]):
         for validations in ([], [{"step": 0, "loss": 2.0}]):
@@ -17,19 +17,19 @@ def test_charts_are_drawn_from_any_numbers_and_never_have_an_alpha_channel():
     )
 
 
-def test_a_chart_shows_more_when_there_is_more():
+def test_a_longer_run_changes_its_chart():
     lines = [{"step": n, "loss": 5 / n, "learning_rate": {"all": 1e-6}} for n in range(1, 30)]
     assert loss_chart(lines[:10], []).tobytes() != loss_chart(lines, []).tobytes()
 
 
-def test_a_sentence_tells_better_from_worse():
+def test_a_title_says_better_worse_or_as_before():
     assert against_baseline("Accuracy", 0.5, None) == "Accuracy: 50.0%"
     assert against_baseline("Accuracy", 0.5, 0.4) == "Accuracy: 50.0%, 10.0 points better than the baseline"
     assert against_baseline("Accuracy", 0.3, 0.4) == "Accuracy: 30.0%, 10.0 points worse than the baseline"
     assert against_baseline("Accuracy", 0.4, 0.4) == "Accuracy: 40.0%, as before"
 
 
-def test_times_are_told_as_one_says_them():
+def test_durations_in_words():
     assert [time_words(seconds) for seconds in (None, 0.4, 89, 91, 3599, 3600, 12_000)] == [
         "?",
         "0 s",
@@ -50,7 +50,7 @@ def test_a_table_is_aligned():
     ]
 
 
-def test_charts_are_drawn_without_alpha_from_few_and_many_numbers():
+def test_charts_with_images_are_rgb_and_grow_with_what_they_show():
     picture = Image.new("RGB", (30, 20), "red")
     groups = {"right, clean": {"baseline": 0.5, "model": 0.6}, "the word wins": {"baseline": 1.0, "model": 0.0}}
     bare = chart_with_sheet(bar_chart(groups), [], "those:")

@@ -22,7 +22,7 @@ from clip_finetune.engine.evaluate.typographic.examples import fooled_apart
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with two models, captioned and labelled pictures, and the command standing there."""
+    """A folder with two models, captioned and labelled images, and the command standing there."""
     monkeypatch.chdir(tmp_path)
     save_full_clip(random_clip(), "tiny.safetensors")
     save_full_clip(random_clip(seed=1), "other.safetensors")
@@ -49,10 +49,10 @@ def test_eval_writes_a_page_with_the_numbers_of_its_json(here, capsys):
     for sentence in comparison["verdict"]:
         assert sentence in found.text and sentence in said.out
     assert "other.safetensors beside tiny.safetensors" in found.text
-    assert len(found.images) == 1 + 1 + 12  # recall, comparison, pictures
+    assert len(found.images) == 1 + 1 + 12  # recall, comparison, images
 
 
-def test_eval_of_classes_tells_each_class(here):
+def test_eval_of_classes_lists_each_class(here):
     assert main([*EVAL, "--data", "classes", "--json", "found.json", "--html", "found.html", "--typographic"]) == 0
     found, numbers = read(here / "found.html"), json.loads((here / "found.json").read_text())
     assert "comparisons" not in numbers
@@ -101,7 +101,7 @@ def test_two_models_of_one_file_name_are_told_apart(here):
         ("--compare --baseline wide.safetensors --html found.html", "different"),
     ],
 )
-def test_what_cannot_be_done_is_one_sentence_before_anything_is_measured(here, capsys, options, words):
+def test_impossible_arguments_are_refused_in_one_sentence_before_anything_is_measured(here, capsys, options, words):
     save_full_clip(random_clip(text_layers=1), "wide.safetensors")
     labels_folder(here / "single", 1)
     if os.name != "nt":
@@ -115,7 +115,7 @@ def test_what_cannot_be_done_is_one_sentence_before_anything_is_measured(here, c
     assert before == {file: file.read_bytes() for file in here.rglob("*") if file.is_file()}
 
 
-def test_what_the_reader_of_a_data_set_said_is_told(here, capsys):
+def test_the_notes_of_the_dataset_reader_are_shown(here, capsys):
     labels = json.loads((here / "colours/labels.json").read_text())
     labels |= dict.fromkeys(list(labels)[:3], [])
     (here / "colours/labels.json").write_text(json.dumps(labels))
@@ -128,7 +128,7 @@ def test_what_the_reader_of_a_data_set_said_is_told(here, capsys):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes and file names are POSIX's here")
-def test_files_are_written_whoever_reads_what_is_printed(here):
+def test_files_are_written_even_if_nobody_reads_the_output(here):
     broken = os.fsdecode(b"caf\xe9")
     (here / "classes/red").rename(here / "classes" / broken)
     command = [sys.executable, "-m", "clip_finetune.engine", *EVAL, "--data", "classes", "--json", "found.json"]
@@ -140,7 +140,7 @@ def test_files_are_written_whoever_reads_what_is_printed(here):
     assert broken in [entry["class"] for entry in numbers["models"][0]["details"]["zero_shot"]["per_class"]]
 
 
-def test_a_page_that_is_not_there_in_the_end_is_a_failure(here, monkeypatch):
+def test_a_page_that_was_not_written_is_a_failure(here, monkeypatch):
     from clip_finetune.engine import files
 
     monkeypatch.setattr(files, "write_text", lambda path, text: path)

@@ -24,7 +24,7 @@ def model():
 
 @pytest.fixture
 def data(tmp_path):
-    """About twelve pictures to train on and six others to measure on."""
+    """About twelve images to train on and six others to measure on."""
     return split_dataset(load_dataset(labels_folder(tmp_path / "colours", 18)), 1 / 3)
 
 
@@ -57,10 +57,10 @@ def test_the_report_of_a_run_holds_the_numbers_of_its_metrics(model, data, tmp_p
     for words, part in zip(("trained", "measured"), data, strict=True):
         assert f"{words} on colours {len(part)} {2 * len(part)}" in found.text
     assert "epochs 3 10 given" in found.text  # setting, value, default, from
-    assert len(found.images) == 3 + len(data[1])  # curves and validation pictures
+    assert len(found.images) == 3 + len(data[1])  # curves and validation images
 
 
-def test_only_settings_that_differ_stand_outside_of_the_fold(model, data, tmp_path):
+def test_only_settings_that_differ_are_shown_unfolded(model, data, tmp_path):
     run(model, data, tmp_path / "run")
     settings = (tmp_path / "run" / "report.html").read_text().split("<h2>Settings</h2>")[1].split("</section>")[0]
     first, folded = settings.split("<details>")
@@ -72,7 +72,7 @@ def test_only_settings_that_differ_stand_outside_of_the_fold(model, data, tmp_pa
     assert all(f">{name}<" in folded for name in ("epochs", "beta1", "towers"))
 
 
-def test_a_stopped_run_has_a_report_and_the_resumed_one_writes_it_anew(model, data, tmp_path):
+def test_a_stopped_run_has_a_report_and_the_resumed_one_rewrites_it(model, data, tmp_path):
     with pytest.raises(Stop):
         run(model, data, tmp_path / "run", stop_at=4)
     stopped = read(tmp_path / "run" / "report.html")

@@ -41,7 +41,7 @@ def features_of(model, pictures, texts, template="{}"):
 
 
 def drawn_reference(model, data, result, seed):
-    """The accuracies of the pictures as they were drawn, computed apart."""
+    """The accuracies of the images as they were drawn, computed apart."""
     import open_clip
 
     pictures = [numpy.array(attacked_image(data, found, result)) for found in result.attacked]
@@ -58,7 +58,7 @@ def drawn_reference(model, data, result, seed):
     return sum(right) / len(right), sum(won) / len(won)
 
 
-def test_accuracy_under_attack_is_that_of_the_pictures_as_they_are_shown(model, tmp_path):
+def test_accuracy_under_attack_is_that_of_the_images_as_they_are_shown(model, tmp_path):
     data = load_dataset(class_folder(tmp_path / "classes", per_class=8))
     result = eval_typographic(model, data, seed=5)
     expected = drawn_reference(model, data, result, 5)
@@ -95,7 +95,7 @@ def test_an_attack_needs_two_classes_whose_names_can_be_drawn(model, tmp_path):
         eval_typographic(model, load_dataset(tmp_path / "cjk"))
 
 
-def test_pictures_that_tell_two_models_apart_are_found(model, tmp_path):
+def test_images_that_fool_one_model_only_are_picked_evenly_from_both_sides(model, tmp_path):
     result = eval_typographic(model, load_dataset(class_folder(tmp_path / "classes", per_class=8)))
 
     def fooled(*numbers):
@@ -139,7 +139,7 @@ def test_real_attacks_are_counted_as_by_hand(model, tmp_path):
     )
 
 
-def test_without_an_attacked_picture_there_is_no_figure_and_without_a_clean_word_no_share(model, tmp_path):
+def test_without_attacked_images_there_is_no_accuracy_and_without_words_no_share(model, tmp_path):
     folder = scam_folder(tmp_path / "scam")
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     for row in rows[:6]:
@@ -158,11 +158,11 @@ def test_without_an_attacked_picture_there_is_no_figure_and_without_a_clean_word
             measure()
 
 
-def test_classes_of_one_and_the_same_picture_leave_nothing_to_write(model, tmp_path):
+def test_an_image_that_is_in_all_classes_leaves_no_word_to_write(model, tmp_path):
     for name in ("ant", "bee"):
         (tmp_path / "same" / name).mkdir(parents=True)
         Image.new("RGB", (32, 32), "red").save(tmp_path / "same" / name / "1.png")
-    with pytest.raises(UserError, match="same belong to all of its classes at once.*put different pictures"):
+    with pytest.raises(UserError, match="same belong to all of its classes at once.*put different images"):
         eval_typographic(model, load_dataset(tmp_path / "same"))
 
 

@@ -16,7 +16,7 @@ def plain(side=64, shade=120):
 @pytest.mark.parametrize(
     "word", ["dog", "great white shark", "Übersee", "собака", "a" * 60, "aircraft carrier, flattop"]
 )
-def test_a_word_is_drawn_whole_and_the_same_for_the_same_chance(word):
+def test_a_word_is_drawn_the_same_for_the_same_seed(word):
     for number in range(20):
         one, other = (write_word(plain(), word, random.Random(number)) for _ in range(2))
         assert torch.equal(one, other) and one.shape == (3, 64, 64) and one.dtype == torch.uint8
@@ -38,7 +38,7 @@ def test_no_letter_is_cut_off(word, monkeypatch):
     assert all(left >= -1 and top >= -1 and right <= 225 and bottom <= 225 for left, top, right, bottom in boxes)
 
 
-def test_words_differ_in_size_place_font_and_contrast():
+def test_words_differ_in_size_position_font_and_contrast():
     drawn = [write_word(plain(), "dog", random.Random(number)) for number in range(30)]
     assert len({picture.numpy().tobytes() for picture in drawn}) == 30
     heights = {int((picture != plain()).any(0).any(1).sum()) for picture in drawn}

@@ -14,7 +14,7 @@ from clip_finetune.engine.evaluate.typographic.photographed import (
 
 
 @pytest.mark.parametrize("table", ["metadata.jsonl", "scam.csv"])
-def test_scams_layout_is_read_with_or_without_the_data_set_reader(tmp_path, table):
+def test_scams_layout_is_read_with_or_without_the_dataset_reader(tmp_path, table):
     folder = scam_folder(tmp_path / "scam", table)
     for data in (load_attacks(folder), load_dataset(folder), load_dataset(folder, caption_column="object_label")):
         known = attacks_in(data)
@@ -24,7 +24,7 @@ def test_scams_layout_is_read_with_or_without_the_data_set_reader(tmp_path, tabl
         assert {found.kind for found in known.values()} == set(SCAM.values())
 
 
-def test_rta_100s_names_are_read(model, tmp_path):
+def test_rta_100s_file_names_are_read(model, tmp_path):
     for number, (shows, word) in enumerate([("cup", "dog"), ("hot dog", "cat")]):
         name = f"label={shows}_text={word}.jpg"
         (tmp_path / "rta").mkdir(exist_ok=True)
@@ -35,7 +35,7 @@ def test_rta_100s_names_are_read(model, tmp_path):
     assert found.accuracy_clean is None and found.as_dict()["accuracy_clean"] is None and found.images == 2
 
 
-def test_a_folder_without_attacks_is_none_and_a_type_that_is_not_known_is_told(tmp_path):
+def test_a_folder_without_attacks_is_none_and_an_unknown_type_is_refused(tmp_path):
     assert load_attacks(class_folder(tmp_path / "classes")) is None and load_attacks(tmp_path / "nowhere") is None
     (tmp_path / "classes/notes.csv").write_text("name,price\nfile_name,1\n")
     assert load_attacks(tmp_path / "classes") is None
@@ -46,14 +46,14 @@ def test_a_folder_without_attacks_is_none_and_a_type_that_is_not_known_is_told(t
         load_attacks(folder)
 
 
-def test_a_table_names_no_picture_outside_its_folder(tmp_path):
+def test_a_table_cannot_name_an_image_outside_its_folder(tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "secret.png")
     (tmp_path / "set").mkdir()
     (tmp_path / "set/t.csv").write_text("file_name,object_label,attack_word\n../secret.png,cup,dog\n")
     assert load_attacks(tmp_path / "set") is None
 
 
-def test_blank_lines_of_a_table_are_skipped_and_damage_is_told(tmp_path):
+def test_blank_lines_of_a_table_are_skipped_and_damage_names_its_line(tmp_path):
     folder = scam_folder(tmp_path / "scam")
     table, lines = folder / "metadata.jsonl", (folder / "metadata.jsonl").read_text().splitlines()
     for text in ("\n" * 30 + "\n\n".join(lines), "\ufeff\n  \n" + "\n".join(lines) + "\n\n"):
@@ -73,7 +73,7 @@ def test_blank_lines_of_a_table_are_skipped_and_damage_is_told(tmp_path):
     assert len(load_attacks(tmp_path / "csv")) == 18
 
 
-def test_what_is_no_readable_table_ends_in_a_sentence_or_is_passed_over(tmp_path, ordinary_user):
+def test_a_table_that_cannot_be_read_is_refused_in_a_sentence_and_other_files_are_skipped(tmp_path, ordinary_user):
     folder = scam_folder(tmp_path / "scam")
     (folder / "folder.csv").mkdir()
     try:
