@@ -18,11 +18,12 @@ from torch.nn import functional as F
 from ..clip.full_clip import FullCLIP
 from ..clip.network import build_network
 from ..data.dataset import ClipDataset
+from ..data.decoded_images import DecodedImages, image_batches
 from ..data.images.decoding import normalize
 from ..data.images.image_cache import ImageCache
 from ..data.images.image_files import open_bytes, stat_of
 from ..data.images.transforms import Transform
-from ..data.loader import Pictures, image_batches, in_threads
+from ..data.threads import in_threads
 from ..data.tokenizer import Tokenizer, cut_to_longest
 from ..errors import UserError
 
@@ -158,9 +159,9 @@ class Encoder:
         """The factor itself, such as 100."""
         return float(self.network.logit_scale.detach().exp())
 
-    def images_of(self, dataset: ClipDataset) -> Pictures:
+    def images_of(self, dataset: ClipDataset) -> DecodedImages:
         """Return a dataset's images; none are kept in memory, because each is encoded once."""
-        return Pictures(dataset, self.transform, self.host.cache, memory_bytes=0)
+        return DecodedImages(dataset, self.transform, self.host.cache, memory_bytes=0)
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Return unit features [n, d]; what the feature cache holds is not encoded again."""

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from ..clip.full_clip import FullCLIP
-from ..data.dataset import ClipDataset, load_dataset
+from ..data.dataset import ClipDataset
 from ..data.images.folder_tree import is_image
 from ..data.images.paths import files_in
-from ..data.readers.caption_texts import in_lines
-from ..data.readers.registry import Captions
+from ..data.load import load_dataset
+from ..data.readers.parsed import Captions, caption_lines
 from ..errors import UserError, one_line, shown
 from ..notes import Notes
 from ..report.tables import table
@@ -253,13 +253,13 @@ def _test_images(file: Path) -> Iterator[_TestImage]:
             for record in content["images"]:
                 if record["split"] == TEST:
                     name = "/".join(filter(None, (record.get("filepath"), record["filename"])))
-                    yield _TestImage(name, in_lines([sentence["raw"] for sentence in record["sentences"]]))
+                    yield _TestImage(name, caption_lines([sentence["raw"] for sentence in record["sentences"]]))
             return
         for record in content:
             name, captions = record["image"], record["caption"]
             if not isinstance(name, str):
                 raise TypeError(f"{shown(name)} is not the name of an image")
-            yield _TestImage(name, in_lines([captions] if isinstance(captions, str) else captions))
+            yield _TestImage(name, caption_lines([captions] if isinstance(captions, str) else captions))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is not Karpathy's split of COCO ({one_line(error)}); download it again.") from error
 

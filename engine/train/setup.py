@@ -5,9 +5,9 @@ from __future__ import annotations
 from ..clip.full_clip import FullCLIP
 from ..clip.gmp import to_gmp
 from ..data.dataset import ClipDataset
+from ..data.decoded_images import allowed_broken, too_many_broken
 from ..data.images.transforms import Transform
-from ..data.loader import allowed_broken, too_many_broken
-from ..data.sampler import DEFAULT_TEMPLATE, CaptionPolicy
+from ..data.sampler import DEFAULT_TEMPLATE
 from ..errors import UserError
 from .config import TrainConfig
 from .freezing import check_freezing
@@ -50,16 +50,6 @@ def check_settings(model: FullCLIP, config: TrainConfig) -> None:
 def transform_of(config: TrainConfig, image_size: int) -> Transform:
     """How the training's pictures become squares; raises `UserError` for a background that is no colour."""
     return Transform.of(config.images, image_size)
-
-
-def caption_policy_of(config: TrainConfig) -> CaptionPolicy:
-    return CaptionPolicy(
-        which=config.captions.caption_policy,
-        long_caption_ratio=config.captions.long_caption_ratio,
-        dropout=config.captions.caption_dropout,
-        shuffle_tags=config.captions.shuffle_tags,
-        keep_tokens=config.captions.keep_tokens,
-    )
 
 
 def existing_training_images(dataset: ClipDataset, config: TrainConfig, notes: Notes) -> ClipDataset:

@@ -18,7 +18,7 @@ import torch
 from ..clip.full_clip import FullCLIP, load_full_clip, save_full_clip
 from ..data.dataset import ClipDataset
 from ..data.images.image_cache import ImageCache
-from ..data.loader import Batch, TrainLoader
+from ..data.loader import Batch, LoaderOptions, TrainLoader
 from ..data.sampler import Sampler, with_template
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
@@ -39,7 +39,6 @@ from .run.profile import Profile
 from .run.report import write_report
 from .run.results import Notes, Progress, TrainResult
 from .setup import (
-    caption_policy_of,
     check_settings,
     existing_training_images,
     fitting_batch_size,
@@ -82,7 +81,7 @@ def train(
     check_settings(model, config)
     train_set = with_template(existing_training_images(train_set, config, notes), config.captions.label_template)
     validation = useful_validation(validation and with_template(validation, config.captions.label_template), notes)
-    pairs = Sampler(train_set, config.seed, caption_policy_of(config)).length
+    pairs = Sampler(train_set, config.seed, config.captions).length
     batch_size = fitting_batch_size(config, train_set, pairs, notes)
     chosen_device = resolve_device(device)
     identity = {
@@ -249,10 +248,11 @@ class Training:
         for step in good:
             by_group = zip(self.work.meter.groups, step.by_group, strict=True)
             norms = {name: float(f"{norm:.4g}") for name, norm in by_group if norm and math.isfinite(norm)}
-            # Under fp16: the scaler skipped this step, and JSON knows no infinity.
-            skipped = {} if math.isfinite(step.grad_norm) else {"grad_norm": None, "skipped": True}
-            lines.append(step.record | {"grad_norms": norms} | skipped)
-            self.notes.extend(self.work.meter.warnings(step.by_layer))
+            if math.isfinite(step.grad_norm):
+                lines.append(step.record | {"grad_norms": norms})
+                self.notes.extend(self.work.meter.warnings(step.by_layer))
+            else:  # fp16 only: the loss scale was too high and the step was skipped; JSON has no infinity
+                lines.append(step.record | {"grad_norms": norms, "grad_norm": None, "skipped": True})
         self._log(lines)
         if len(good) == len(taken):
             return
@@ -401,10 +401,15 @@ class Training:
                 f"{len(self.loader.broken)} training pictures cannot be opened and were left out of their batches (the "
                 f"first is {name}: {reason})."
             )
-        if self.loader.cut:
+        if self.loader.truncated:
             self.notes.append(
-                f"{len(self.loader.cut)} captions are longer than the {self.tokenizer.context_length} tokens that the "
-                "model reads and were cut, each behind its last whole word that fits."
+                f"{len(self.loader.truncated)} captions are longer than the {self.tokenizer.context_length} tokens "
+                "that the model reads and were cut, each behind its last whole word that fits."
+            )
+        if skipped := sum(line.get("skipped", False) for line in self.steps):
+            self.notes.append(
+                f"{skipped} of the {len(self.steps)} steps changed nothing because a gradient was too large for fp16; "
+                "with precision bf16 or fp32 every step trains."
             )
         if self.profile.enabled:
             self.notes.append("Where the time of a step went:\n" + table(self.profile.rows()))
@@ -462,15 +467,16 @@ class Training:
         frozen = self.work.frozen_vision = FrozenFeatures.of(self.work, self.train_set, self.transform, self.cache)
         self.loader = TrainLoader(
             self.train_set,
-            self.transform.image_size,
             self.tokenizer,
-            self.batch_size,
-            config.seed,
-            transform=self.transform,
-            policy=caption_policy_of(config),
-            cache=self.cache,
-            max_broken=config.checkpoints.max_broken,
-            kept=frozen and frozen.kept,
+            self.transform,
+            config.captions,
+            LoaderOptions(
+                batch_size=self.batch_size,
+                seed=config.seed,
+                max_broken=config.checkpoints.max_broken,
+                cache=self.cache,
+                feature_cache=frozen and frozen.kept,
+            ),
         )
         try:
             self.loader.probe()

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...clip.full_clip import FullCLIP
 from ...data.dataset import ClipDataset
+from ...data.decoded_images import DecodedImages, image_batches
 from ...data.images.transforms import Transform
-from ...data.loader import Pictures, image_batches
 from ...errors import UserError
 from ...report.charts import bar_chart
 from ...report.tables import Rows, percent
@@ -282,7 +282,7 @@ def _other_class(right_c: Tensor, drawable: Sequence[bool], seed: str) -> int:
     return random.Random(seed).choice([number for number in others if drawable[number]] or others)
 
 
-def _with_words(images: Pictures, drawings: Mapping[int, tuple[str, str]]) -> Iterator[tuple[list[int], Tensor]]:
+def _with_words(images: DecodedImages, drawings: Mapping[int, tuple[str, str]]) -> Iterator[tuple[list[int], Tensor]]:
     """Yield batches of (indices, uint8 images) with the word of `drawings[index]` (word, seed) drawn on each."""
     for indices, images_u8 in image_batches(images, list(drawings), BATCH):
         written = []
