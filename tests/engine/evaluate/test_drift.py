@@ -16,7 +16,7 @@ from clip_finetune.engine import (
     export_text_encoder,
     to_gmp,
 )
-from clip_finetune.engine.clip.exports import CLIP_G
+from clip_finetune.engine.clip.encoders import CLIP_G
 from clip_finetune.engine.evaluate import gmp_form
 from clip_finetune.engine.evaluate.drift import (
     MAX_PROMPTS,
