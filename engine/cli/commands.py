@@ -13,7 +13,7 @@ from ..data.readers.registry import holds_captions
 from ..data.tools.convert import convert_captions
 from ..data.tools.prepare import Preparation, prepare_images
 from ..errors import UserError
-from ..train.config import GMP_PRESETS, PRESETS, TrainConfig
+from ..train.config import GMP_PRESETS, PRESETS, TrainConfig, all_settings
 from .terminal import Meter, print_notes, say, stop_between_steps, tenths
 
 
@@ -109,11 +109,11 @@ def config_from(arguments: argparse.Namespace) -> tuple[TrainConfig, dict[str, s
     presets = GMP_PRESETS if arguments.gmp else PRESETS
     values: dict[str, Any] = dict(presets[arguments.preset].values)
     origins = dict.fromkeys(values, f"preset {arguments.preset}")
-    for field in dataclasses.fields(TrainConfig):
-        given = getattr(arguments, field.name)
+    for name in all_settings():
+        given = getattr(arguments, name)
         if given is not None:
-            values[field.name], origins[field.name] = given, "command line"
-    return TrainConfig(**values), origins
+            values[name], origins[name] = given, "command line"
+    return TrainConfig.from_flat(**values), origins
 
 
 def run_fold(arguments: argparse.Namespace) -> None:

@@ -46,10 +46,10 @@ SMALL_CLIP = Architecture(
     activation="quick_gelu",
 )
 # fp32 on the CPU everywhere, so that the numbers do not depend on the graphics card.
-PRETRAINING = TrainConfig(
+PRETRAINING = TrainConfig.from_flat(
     epochs=26, learning_rate=1.5e-3, batch_size=72, optimizer="adamw", weight_decay=0.05, precision="fp32"
 )
-FINE_TUNING = TrainConfig(epochs=12, learning_rate=1e-3, batch_size=72, precision="fp32")
+FINE_TUNING = TrainConfig.from_flat(epochs=12, learning_rate=1e-3, batch_size=72, precision="fp32")
 DEVICE = "cpu"
 
 

@@ -7,14 +7,15 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import get_type_hints
 
 from ..data.readers.registry import FORMATS
 from ..data.tools.convert import TARGETS
 from ..data.tools.prepare import Preparation
 from ..errors import UserError
-from ..train.config import DEFAULT_PRESET, PRESETS, TrainConfig
+from ..settings import SettingInfo
+from ..train.config import DEFAULT_PRESET, PRESETS, all_settings
 from . import commands
 from .evaluate import run_eval
 from .terminal import print_any_letter
@@ -115,7 +116,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in RUN_DIR, or begin it")
     parser.add_argument("--preset", default=DEFAULT_PRESET, choices=list(PRESETS), help=f"default: {DEFAULT_PRESET}")
     parser.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
-    _add_fields(parser, TrainConfig)
+    _add_settings(parser, all_settings())
 
 
 def _add_fold(parser: argparse.ArgumentParser) -> None:
@@ -244,6 +245,16 @@ def _add_captions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--caption-column", default="", metavar="NAME[,NAME]", help="of a table: where the captions are"
     )
+
+
+def _add_settings(parser: argparse.ArgumentParser, infos: Mapping[str, SettingInfo]) -> None:
+    """Add a flag for each setting; its value is None where it is not given."""
+    for name, info in infos.items():
+        flag, help = "--" + name.replace("_", "-"), info.help.replace("%", "%%") + f" (default: {info.default})"
+        if info.kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help)
+        else:
+            parser.add_argument(flag, type=info.kind, choices=info.choices or None, default=None, help=help)
 
 
 def _add_fields(parser: argparse.ArgumentParser, settings: type) -> None:

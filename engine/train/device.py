@@ -13,13 +13,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(device: torch.device | str | None) -> torch.device:
-    """The device that is meant, CUDA where there is one if none is; raises `UserError` for one that is not there."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the device to train on, with its index where it has one: "cuda" becomes cuda:0, the current GPU.
+
+    None picks CUDA if there is a GPU, else the CPU. Some of torch.cuda's functions refuse a device without an index.
+    Raises `UserError` for a device that does not work here.
+    """
     try:
-        chosen = torch.device(device)
-        torch.zeros(1, device=chosen).cpu()  # the only sure sign that a device works
-        return chosen
+        # Only using a device shows that it works, and the tensor's own device always has the index.
+        probe = torch.zeros(1, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        probe.cpu()
+        return probe.device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
             f"The device {str(device)!r} cannot be used here ({str(error).strip().splitlines()[0]}); choose cpu, or "
@@ -35,7 +38,8 @@ def resolve_precision(precision: str, device: torch.device, width: int) -> str:
     if precision != "auto":
         return precision
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        with torch.cuda.device(device):  # torch asks about the current GPU, which may be another one
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if device.type == "cpu" and width >= _WIDE and _multiplies_bf16() else "fp32"
 
 
