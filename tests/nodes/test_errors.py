@@ -1,4 +1,4 @@
-"""What users read when something is wrong, in a real ComfyUI; and that nothing outside the listed folders is touched."""
+"""Errors as users read them, in a real ComfyUI; and that nothing outside the listed folders is touched."""
 
 import shutil
 

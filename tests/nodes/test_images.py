@@ -5,7 +5,6 @@ import json
 import pytest
 from comfyui_prompts import node, shown_image, succeed
 from image_folders import captioned, noise
-from PIL import Image
 
 pytestmark = pytest.mark.comfyui
 
@@ -41,7 +40,9 @@ def test_a_dataset_gets_a_report_a_contact_sheet_and_charts(comfyui):
 def test_a_loader_and_the_inspection_are_enough_to_queue(comfyui):
     prompt = {"1": node("LoadCLIPDataset", folder="photos"), "2": node("InspectCLIPDataset", dataset=["1", 0])}
     text = succeed(comfyui, prompt)["texts"]["2"]
-    assert text.startswith("photos: ") and "not in this data set" not in text  # which is said of the other side of the split
+    assert (
+        text.startswith("photos: ") and "not in this data set" not in text
+    )  # which is said of the other side of the split
 
 
 def test_prepared_images_are_listed_and_load_and_the_originals_stay(comfyui):
