@@ -220,14 +220,18 @@ class EvalRetrieval(io.ComfyNode):
         results = evaluate_models(display, functools.partial(eval_retrieval, dataset=dataset), full_clip, baseline)
         sentence = _compare("Recall at 1", results, lambda result: result.recall_at_1)
         display.conclude(sentence, _median_ranks_in_words(results["model"]))
-        measures: dict[str, Callable[[RetrievalResult], float]] = {
-            f"{direction} R@{k}": lambda result, side=side, k=k: getattr(result, side)[f"r{k}"]
+        measures = {
+            f"{direction} R@{k}": _recall(side, k)
             for direction, side in (("image to text", "image_to_text"), ("text to image", "text_to_image"))
             for k in (1, 5, 10)
         }
         drawn = {name.replace(" R@", "\nR@"): get for name, get in measures.items() if not name.endswith("R@10")}
         chart = bar_chart(_bars(results, drawn), title=sentence)
         return evaluation_output(cls, results["model"].recall_at_1, _rows("Recall", results, measures), chart)
+
+
+def _recall(side: str, k: int) -> Callable[[RetrievalResult], float]:
+    return lambda result: getattr(result, side)[f"r{k}"]
 
 
 def _median_ranks_in_words(result: RetrievalResult) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from comfy_api.latest import io
@@ -144,7 +145,8 @@ class SaveFullCLIP(io.ComfyNode):
             raise UserError(
                 f"dtype is {MIXED}, which only openai and gmp have; for {format} choose fp16, bf16 or fp32."
             )
-        file, notes = folders.new_output_file(filename_prefix), []
+        file = folders.new_output_file(filename_prefix)
+        notes: Iterable[str] = ()
         if format == "huggingface":
             saved, notes = save_huggingface(full_clip, file.with_suffix(""), dtype=dtype)
         elif format == "gmp":

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..engine.settings import Settings, setting_infos
+from ..engine.settings import setting_infos
 from ..engine.train.config import SECTIONS
 from .schema import node_schema, setting_input
 from .sockets import TrainOptions, TrainOptionsSocket
@@ -14,7 +14,7 @@ from .sockets import TrainOptions, TrainOptionsSocket
 ON_TRAINING_NODE = ("loss",)  # settings of a section whose widget is on the training node itself
 
 
-def _option_node(section: str, settings: type[Settings]) -> type[io.ComfyNode]:
+def _option_node(section: str, settings: type) -> type[io.ComfyNode]:
     """Return the node for a section: a widget for each of its settings, and a link from the previous option node."""
     infos = [info for name, info in setting_infos(settings).items() if name not in ON_TRAINING_NODE]
     summary = (settings.__doc__ or "").partition("\n")[0]
