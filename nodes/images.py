@@ -8,7 +8,8 @@ from typing import Any, get_type_hints
 
 from comfy_api.latest import io, ui
 
-from ..engine.data.dataset import ClipDataset, load_dataset
+from ..engine.data.dataset import ClipDataset
+from ..engine.data.load import load_dataset
 from ..engine.data.tools.findings import report_text
 from ..engine.data.tools.inspect import inspect_dataset, sample_images
 from ..engine.data.tools.prepare import Preparation, prepare_images

@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..engine.data.readers.registry import FORMATS
+from ..engine.data.readers.registry import FORMAT_NAMES
 from ..engine.settings import SettingInfo
 from .host.folders import list_datasets
 from .sockets import FullClip
@@ -87,7 +87,7 @@ def folder_input() -> io.Input:
 
 def captions_input(*, advanced: bool) -> io.Input:
     tooltip = "The format of the captions; auto recognises it."
-    return widget("captions", "auto", tooltip, choices=FORMATS, advanced=advanced)
+    return widget("captions", "auto", tooltip, choices=FORMAT_NAMES, advanced=advanced)
 
 
 def filename_prefix_input(default: str) -> io.Input:

@@ -13,7 +13,8 @@ from pathlib import Path
 import folder_paths
 
 from ...engine.clip.tensor_files import INDEX_SUFFIX
-from ...engine.data.readers.folders import holds_captioned_images
+from ...engine.data.images.folder_tree import walk
+from ...engine.data.readers.sidecars import holds_captioned_images
 from ...engine.errors import UserError
 
 PRETRAINED = (
@@ -30,7 +31,6 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 _CAPTION_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".caption")
 _RUNS = "clip_finetune"
 _MAX_FINGERPRINTED_FILES = 50_000
-_MAX_FOLDER_DEPTH = 16  # a link to a folder that contains it would otherwise be followed without end
 _MAX_SEARCHED_OUTPUT_FOLDERS = 1000  # they are opened each time the page asks for the list
 
 
@@ -97,18 +97,19 @@ def _captioned_output_folders() -> list[str]:
     return [name for name in names[:_MAX_SEARCHED_OUTPUT_FOLDERS] if holds_captioned_images(os.path.join(root, name))]
 
 
-def _subfolders(root: str, depth: int, prefix: str = "") -> list[str]:
-    try:
-        with os.scandir(os.path.join(root, prefix)) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    except OSError:
-        return []
+def _subfolders(root: str, depth: int) -> list[str]:
+    """Return the folders below `root`, down to `depth` levels, by their paths from it; hidden ones are left out.
+
+    A link is listed like a folder, but what lies in a real folder is listed once.
+    """
     folders = []
-    for name in names:
-        folders.append(prefix + name)
-        if depth > 1:
-            folders += _subfolders(root, depth - 1, f"{prefix}{name}/")
-    return folders
+    for folder, names, _ in walk(root):
+        prefix = os.path.relpath(folder, root).replace(os.sep, "/") + "/" if folder != root else ""
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        folders += [prefix + name for name in names]
+        if prefix.count("/") + 1 >= depth:
+            names.clear()
+    return sorted(folders, key=lambda name: name.split("/"))
 
 
 def list_datasets() -> list[str]:
@@ -163,7 +164,7 @@ def folder_fingerprint(folder: str | Path) -> list[tuple[str | int, ...]]:
     folder = str(folder)
     files: list[str] = []
     light: list[tuple[str | int, ...]] = []
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in walk(folder):
         light.append((root, os.stat(root).st_mtime_ns))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
@@ -172,8 +173,6 @@ def folder_fingerprint(folder: str | Path) -> list[tuple[str | int, ...]]:
                 files.append(path)
             if name.lower().endswith(_CAPTION_SUFFIXES):
                 light.append(file_fingerprint(path))
-        if root.count(os.sep) - folder.count(os.sep) > _MAX_FOLDER_DEPTH:
-            folders.clear()
     if len(files) > _MAX_FINGERPRINTED_FILES:
         return sorted(light)
     return sorted(file_fingerprint(path) for path in files if os.path.exists(path))
