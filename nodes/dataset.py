@@ -14,7 +14,7 @@ from ..engine.data.dataset import ClipDataset
 from ..engine.data.from_images import dataset_from_images
 from ..engine.data.load import combine_datasets, load_dataset
 from ..engine.data.readers.coco import coco_file_beside
-from ..engine.data.readers.registry import WRITABLE_FORMATS
+from ..engine.data.readers.registry import WRITERS
 from ..engine.data.splits import split_dataset
 from ..engine.data.tools.convert import convert_captions
 from ..engine.errors import UserError
@@ -188,7 +188,7 @@ class ConvertCLIPCaptions(io.ComfyNode):
                 folder_input(),
                 io.Combo.Input(
                     "to",
-                    options=list(WRITABLE_FORMATS),
+                    options=list(WRITERS),
                     default="sidecar",
                     tooltip="json: a labels JSON. sidecar: a text file beside each image. kohya: meta_cap.json. "
                     "metadata: Hugging Face's metadata.jsonl. csv: image,caption. coco: COCO's captions.",

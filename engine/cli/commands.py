@@ -243,7 +243,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
         threads=arguments.threads,
         device=arguments.device,
         activation=arguments.activation,
-        say=say,
+        on_note=say,
     )
     if arguments.json:
         write_json(arguments.json, found.as_dict())

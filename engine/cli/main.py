@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import get_type_hints
 
-from ..data.readers.registry import FORMAT_NAMES, WRITABLE_FORMATS
+from ..data.readers.registry import CAPTION_FORMATS, FORMAT_NAMES, WRITERS
 from ..data.tools.prepare import Preparation
 from ..errors import UserError
 from ..settings import SettingInfo
@@ -194,9 +194,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         required=True,
-        choices=WRITABLE_FORMATS,
+        choices=WRITERS,
         metavar="FORMAT",
-        help=" ".join(f"{known.name}: {known.help}." for known in WRITABLE_FORMATS.values()),
+        help=" ".join(f"{known.name}: {known.help}." for known in CAPTION_FORMATS if known.writer),
     )
     parser.add_argument(
         "output",

@@ -21,8 +21,7 @@ from clip_finetune.engine.data.images.folder_tree import image_suffixes
 from clip_finetune.engine.data.images.transforms import Transform
 from clip_finetune.engine.data.loader import LoaderOptions, TrainLoader
 from clip_finetune.engine.data.readers import json_stream
-from clip_finetune.engine.data.readers.labels_json import read_by_name
-from clip_finetune.engine.data.readers.parsed import caption_lines
+from clip_finetune.engine.data.readers.json_stream import json_members
 from clip_finetune.engine.data.sampler import CaptionsConfig, epoch_order
 from clip_finetune.engine.data.splits import original_paths
 from clip_finetune.engine.data.tokenizer import Tokenizer
@@ -139,11 +138,11 @@ def test_reading_a_labels_json_in_pieces_gives_what_json_gives(tmp_path, monkeyp
             file = tmp_path / "labels.json"
             text = json.dumps(labels, indent=chance.choice([None, 1]), ensure_ascii=chance.random() < 0.5)
             file.write_text(text, encoding="utf-8")
-            found = read_by_name(file)
-            assert found == {name: caption_lines(captions) for name, captions in labels.items()}, round_
+            found = dict(json_members(file))
+            assert found == labels, round_
             file.write_text(text[: chance.randint(1, len(text) - 1)].rstrip("} \n"), encoding="utf-8")
             with pytest.raises(UserError, match="not valid JSON"):
-                read_by_name(file)
+                list(json_members(file))
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from clip_finetune.engine.data.from_images import dataset_from_images
 from clip_finetune.engine.data.readers import sidecars
 from clip_finetune.engine.data.readers.columns import is_caption_field
 from clip_finetune.engine.data.readers.json_stream import json_members
-from clip_finetune.engine.data.readers.registry import WRITABLE_FORMATS
+from clip_finetune.engine.data.readers.registry import WRITERS
 from clip_finetune.engine.data.readers.tables import prompt_captions
 from clip_finetune.engine.data.tokenizer import Tokenizer
 from clip_finetune.engine.data.tools.convert import convert_captions
@@ -517,7 +517,7 @@ def odd_folder(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("to", WRITABLE_FORMATS)
+@pytest.mark.parametrize("to", WRITERS)
 def test_captions_go_through_every_format_and_back(tmp_path, to):
     source = odd_folder(tmp_path / "source")
     before = state(source)
