@@ -7,11 +7,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..engine.clip import exports
-from ..engine.clip.full_clip import DTYPES, FullCLIP
-from ..engine.clip.lora import export_lora
+from ..engine.clip import encoders
+from ..engine.clip.exports import export
+from ..engine.clip.full_clip import FullCLIP
+from ..engine.clip.tensor_files import DTYPES, write_safetensors
 from ..engine.errors import UserError
-from ..engine.files import write_safetensors
 from .host import clips, folders
 from .host.device import check_cancelled
 from .host.display import Display
@@ -30,8 +30,8 @@ class _Part:
     sizes: tuple[int, int, int, int]
 
 
-_CLIP_L = _Part(clips.CLIP_L, "CLIP-L", "ViT-L/14", "SD1.5, SDXL, SD3 or Flux", exports.CLIP_L)
-_CLIP_G = _Part(clips.CLIP_G, "CLIP-G", "ViT-bigG/14", "SDXL or SD3", exports.CLIP_G)
+_CLIP_L = _Part(clips.CLIP_L, "CLIP-L", "ViT-L/14", "SD1.5, SDXL, SD3 or Flux", encoders.CLIP_L)
+_CLIP_G = _Part(clips.CLIP_G, "CLIP-G", "ViT-bigG/14", "SDXL or SD3", encoders.CLIP_G)
 
 
 def _export_schema(part: _Part, node_id: str, description: str) -> io.Schema:
@@ -77,21 +77,20 @@ def _export(
     save: bool = True,
     strength: float = 1.0,
 ) -> io.NodeOutput:
-    exports.require_text_tower(full_clip, part.sizes)
+    encoders.require_text_tower(full_clip, part.sizes)
     if strength != 1 and clip is None:
         raise UserError(f"strength is {strength:g}, which needs a text encoder to mix with: connect a clip, or use 1.")
     file = folders.new_output_file(filename_prefix or f"clip/{part.name}") if save else None
-    tensors, notes = exports.text_encoder_state_dict(full_clip, dtype=dtype)
+    tensors = encoders.text_encoder_state_dict(full_clip, dtype=dtype, on_note=display.note)
     if strength != 1:
         original = clips.text_encoder_tensors(clip, part.name)
-        tensors = exports.mix_text_encoders(original, tensors, strength, projection=part is _CLIP_G)
+        tensors = encoders.mix_text_encoders(original, tensors, strength, projection=part is _CLIP_G)
     # Replaced before anything is written, because it may be refused.
     result = clips.replace_text_encoder(clip, part.name, tensors) if clip is not None else None
     path = ""
     if file is not None:
         path = folders.relative_to_output(write_safetensors(tensors, file, {"format": "pt"}))
         display.note(f"Saved output/{path}")
-    display.notes(notes)
     if result is None:
         result = clips.clip_from_file(file) if file is not None else clips.clip_from_tensors(tensors)
     return io.NodeOutput(result, path)
@@ -152,11 +151,18 @@ class ExportClipLoRA(io.ComfyNode):
         cls, full_clip: FullCLIP, baseline: FullCLIP, rank: int = 32, filename_prefix: str = "loras/clip"
     ) -> io.NodeOutput:
         display, file = Display(cls), folders.new_output_file(filename_prefix)
-        report = export_lora(
-            full_clip, baseline, file, rank=rank, on_progress=display.progress, check_cancelled=check_cancelled
+        export(
+            full_clip,
+            file,
+            format="lora",
+            baseline=baseline,
+            rank=rank,
+            on_note=display.note,
+            on_progress=display.progress,
+            check_cancelled=check_cancelled,
         )
         path = folders.relative_to_output(file)
-        display.notes([f"Saved output/{path}", *report.notes, report.sentence])
+        display.note(f"Saved output/{path}")
         return io.NodeOutput(path)
 
 

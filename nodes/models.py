@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..engine.clip.exports import CLIP_L, export_vision_encoder, require_text_tower
-from ..engine.clip.full_clip import MIXED, FullCLIP, load_full_clip, save_full_clip
-from ..engine.clip.gmp import NOTHING_TO_FOLD, fold_gmp, to_gmp
-from ..engine.clip.huggingface import save_huggingface
+from ..engine.clip.encoders import CLIP_L, require_text_tower
+from ..engine.clip.exports import EXPORTS, export
+from ..engine.clip.full_clip import FullCLIP
+from ..engine.clip.gmp import NOTHING_TO_FOLD, fold_gmp
+from ..engine.clip.load import load_full_clip
 from ..engine.clip.merge import merge_text_encoder, merge_vision_encoder, transplant_tower
+from ..engine.clip.tensor_files import MIXED
 from ..engine.clip.variants.long_clip import LONG_CONTEXT
 from ..engine.errors import UserError
 from .host import clips, folders
@@ -19,12 +20,8 @@ from .host.display import Display
 from .schema import filename_prefix_input, node_schema, widget
 from .sockets import FullClip
 
-_FORMATS = {
-    "openai": "both towers in one file, for Load Full CLIP and open_clip",
-    "huggingface": "a folder for transformers and diffusers, with tokenizer",
-    "vision": "the vision tower alone, for Load CLIP Vision",
-    "gmp": "GmP form, to continue with Train CLIP (GmP)",
-}
+# A text tower alone has nodes of its own.
+_FORMATS = {name: format for name, format in EXPORTS.items() if not format.text_only}
 
 
 class LoadFullCLIP(io.ComfyNode):
@@ -118,7 +115,7 @@ class SaveFullCLIP(io.ComfyNode):
                 widget(
                     "format",
                     "openai",
-                    "\n".join(f"{name}: {help}." for name, help in _FORMATS.items()),
+                    "\n".join(f"{name}: {format.help}." for name, format in _FORMATS.items()),
                     choices=_FORMATS,
                 ),
                 widget(
@@ -141,24 +138,12 @@ class SaveFullCLIP(io.ComfyNode):
         format: str = "openai",
         dtype: str = "fp32",
     ) -> io.NodeOutput:
-        if dtype == MIXED and format not in ("openai", "gmp"):
-            raise UserError(
-                f"dtype is {MIXED}, which only openai and gmp have; for {format} choose fp16, bf16 or fp32."
-            )
-        file = folders.new_output_file(filename_prefix)
-        notes: Iterable[str] = ()
-        if format == "huggingface":
-            saved, notes = save_huggingface(full_clip, file.with_suffix(""), dtype=dtype)
-        elif format == "gmp":
-            saved = save_full_clip(to_gmp(full_clip), file, dtype=dtype)
-        else:
-            if full_clip.parameterization == "gmp":
-                full_clip, notes = fold_gmp(full_clip), ["The model was in GmP form; it was folded to plain weights."]
-            save = export_vision_encoder if format == "vision" else save_full_clip
-            saved = save(full_clip, file, dtype=dtype)
-        path = folders.relative_to_output(saved)
-        Display(cls).notes([f"Saved output/{path}", *notes])
-        return io.NodeOutput(path)
+        display, file = Display(cls), folders.new_output_file(filename_prefix)
+        path = file.with_suffix("") if EXPORTS[format].folder else file
+        export(full_clip, path, format=format, dtype=dtype, on_note=display.note)
+        shown = folders.relative_to_output(path)
+        display.note(f"Saved output/{shown}")
+        return io.NodeOutput(shown)
 
 
 class MergeTEWithVision(io.ComfyNode):

@@ -7,8 +7,8 @@ from comfyui_prompts import clip_g_by_transformers, clip_l_by_transformers, cond
 from safetensors.torch import load_file, save_file
 
 from clip_finetune.engine import load_full_clip, save_full_clip
-from clip_finetune.engine.clip.exports import text_encoder_state_dict
-from clip_finetune.engine.files import same_bits
+from clip_finetune.engine.clip.encoders import text_encoder_state_dict
+from clip_finetune.engine.clip.tensor_files import same_bits
 
 pytestmark = pytest.mark.comfyui
 
@@ -55,13 +55,13 @@ def test_the_export_folds_a_gmp_model_and_says_so(comfyui):
     assert "was folded" in result["texts"]["2"]
     folded = load_file(comfyui.base / "output/clip/folded_00001_.safetensors")
     plain = load_full_clip(comfyui.base / "models/full_clip/clip_l.safetensors")
-    for name, tensor in text_encoder_state_dict(plain, dtype="fp16")[0].items():
+    for name, tensor in text_encoder_state_dict(plain, dtype="fp16").items():
         assert same_bits(folded[name], tensor), name
 
 
 def test_replacing_the_clip_l_changes_a_clone_and_not_the_original(comfyui):
     other = random_clip(CLIP_L, seed=5)
-    save_file(text_encoder_state_dict(other, dtype="fp32")[0], comfyui.base / "models/text_encoders/other.safetensors")
+    save_file(text_encoder_state_dict(other, dtype="fp32"), comfyui.base / "models/text_encoders/other.safetensors")
     prompt = {
         "1": node("CLIPLoader", clip_name="other.safetensors", type="stable_diffusion"),
         "2": node("LoadFullCLIP", model="clip_l.safetensors"),
@@ -90,7 +90,7 @@ def test_comfyui_lists_the_lora_of_a_training_and_applies_it(comfyui):
     change = torch.randn(768, 2, generator=generator) @ torch.randn(2, 3072, generator=generator) * 0.02
     changed = base.derive({name: (base.state_dict[name].float() + change).half()}, step="trained")
     save_full_clip(changed, comfyui.base / "models/full_clip/changed.safetensors")
-    text, _ = text_encoder_state_dict(base, dtype="fp32")
+    text = text_encoder_state_dict(base, dtype="fp32")
     save_file(text, comfyui.base / "models/text_encoders/plain.safetensors")
     result = succeed(
         comfyui,
@@ -124,9 +124,9 @@ def test_the_clip_g_of_an_sdxl_clip_is_replaced(comfyui):
     one, other = (random_clip(CLIP_L, seed=seed, dtype=torch.float16, **sizes) for seed in (1, 2))
     save_full_clip(one, comfyui.base / "models/full_clip/big_g.safetensors")
     encoders = comfyui.base / "models/text_encoders"
-    save_file(text_encoder_state_dict(other, dtype="fp16")[0], encoders / "other_g.safetensors")
+    save_file(text_encoder_state_dict(other, dtype="fp16"), encoders / "other_g.safetensors")
     plain = load_full_clip(comfyui.base / "models/full_clip/clip_l.safetensors")
-    save_file(text_encoder_state_dict(plain, dtype="fp16")[0], encoders / "plain_l.safetensors")
+    save_file(text_encoder_state_dict(plain, dtype="fp16"), encoders / "plain_l.safetensors")
     prompt = {
         "1": node("DualCLIPLoader", clip_name1="plain_l.safetensors", clip_name2="other_g.safetensors", type="sdxl"),
         "2": node("LoadFullCLIP", model="big_g.safetensors"),

@@ -9,9 +9,8 @@ from comfyui_prompts import conditioning, encoded, node, saved, succeed
 from safetensors.torch import save_file
 
 from clip_finetune.engine import load_full_clip, save_full_clip
-from clip_finetune.engine.clip.exports import text_encoder_state_dict
-from clip_finetune.engine.clip.full_clip import cast
-from clip_finetune.engine.files import same_bits
+from clip_finetune.engine.clip.encoders import text_encoder_state_dict
+from clip_finetune.engine.clip.tensor_files import cast, same_bits
 
 pytestmark = pytest.mark.comfyui
 
@@ -63,7 +62,7 @@ def test_a_model_for_77_tokens_is_stretched_on_request(comfyui):
         **encoded(["3", 0], "short"),
     }
     short = random_clip(CLIP_L, seed=7)
-    save_file(text_encoder_state_dict(short, dtype="fp16")[0], comfyui.base / "models/text_encoders/short.safetensors")
+    save_file(text_encoder_state_dict(short, dtype="fp16"), comfyui.base / "models/text_encoders/short.safetensors")
     succeed(comfyui, prompt)
     assert conditioning(comfyui, "long")["hidden"].shape == (1, 248, 768)
     assert conditioning(comfyui, "short")["hidden"].shape == (1, 77, 768)
@@ -95,7 +94,7 @@ def test_each_tower_comes_from_its_own_model(comfyui):
 
 def test_loras_on_the_clip_are_merged_into_the_full_clip(comfyui):
     base = random_clip(CLIP_L, seed=6)
-    tower = text_encoder_state_dict(base, dtype="fp32")[0]
+    tower = text_encoder_state_dict(base, dtype="fp32")
     save_file(tower, comfyui.base / "models/text_encoders/base.safetensors")
     generator = torch.Generator().manual_seed(0)
     up, down = torch.randn(768, 4, generator=generator) * 0.1, torch.randn(4, 3072, generator=generator) * 0.1
@@ -126,7 +125,7 @@ def test_comfyui_lists_a_saved_vision_tower_and_it_merges_back(comfyui):
     one, other = (random_clip(VIT_L_14, seed=seed, dtype=torch.float16) for seed in (1, 2))
     save_full_clip(one, comfyui.base / "models/full_clip/one_l14.safetensors")
     save_full_clip(other, comfyui.base / "models/full_clip/other_l14.safetensors")
-    text, _ = text_encoder_state_dict(one, dtype="fp16")
+    text = text_encoder_state_dict(one, dtype="fp16")
     save_file(text, comfyui.base / "models/text_encoders/one_te.safetensors")
     succeed(
         comfyui,

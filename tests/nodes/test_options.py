@@ -6,7 +6,7 @@ from comfyui_prompts import node, run_settings, succeed, training
 from image_folders import labels_folder
 
 from clip_finetune.engine import load_full_clip, save_full_clip
-from clip_finetune.engine.files import same_bits
+from clip_finetune.engine.clip.tensor_files import same_bits
 from clip_finetune.engine.settings import setting_infos
 from clip_finetune.engine.train.config import SECTIONS
 

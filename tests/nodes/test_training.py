@@ -19,7 +19,7 @@ from comfyui_prompts import (
 from image_folders import labels_folder
 
 from clip_finetune.engine import load_full_clip, save_full_clip
-from clip_finetune.engine.files import same_bits
+from clip_finetune.engine.clip.tensor_files import same_bits
 
 pytestmark = pytest.mark.comfyui
 
