@@ -3,6 +3,7 @@
 import pytest
 import torch
 from clips import random_clip
+from comfyui_prompts import node
 from image_folders import class_folder, labels_folder
 
 from clip_finetune.engine import (
@@ -12,10 +13,6 @@ from clip_finetune.engine import (
     to_gmp,
 )
 from clip_finetune.engine.evaluate import gmp_form
-
-
-def node(class_type, **inputs):
-    return {"class_type": class_type, "inputs": inputs}
 
 
 @pytest.mark.comfyui
