@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from clips import random_clip
+from clips import disturbed, random_clip
 from comfyui_prompts import node
 from image_folders import class_folder, labels_folder
 
@@ -16,7 +16,9 @@ from clip_finetune.engine.evaluate import gmp_form
 
 
 @pytest.mark.comfyui
-def test_compare_plot_blend_and_sweep_in_a_graph(comfyui, model, moved):
+def test_compare_plot_blend_and_sweep_in_a_graph(comfyui):
+    model = random_clip()
+    moved = disturbed(model, 0.1)
     models = comfyui.base / "models/full_clip"
     for name, one in (
         ("compared_old", model),
