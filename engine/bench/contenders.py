@@ -108,14 +108,7 @@ class PeerStep:
         self.network, self.loss, self.device, self.dtype = network.to(device).train(), loss, device, DTYPES[dtype]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its settings
             self.optimizer: torch.optim.Optimizer = AdaBelief(
-                self.network.parameters(),
-                lr=1e-6,
-                eps=1e-16,
-                betas=(0.9, 0.999),
-                weight_decay=0.01,
-                weight_decouple=True,
-                rectify=True,
-                print_change_log=False,
+                self.network.parameters(), lr=1e-6, weight_decay=0.01, print_change_log=False
             )
 
     def __call__(self, batch: Batch) -> Tensor:
