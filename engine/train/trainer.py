@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-from ..clip.full_clip import FullCLIP, load_full_clip, save_full_clip
+from ..clip.exports import save_full_clip
+from ..clip.full_clip import FullCLIP
+from ..clip.load import load_full_clip
 from ..data.dataset import ClipDataset
 from ..data.images.image_cache import ImageCache
 from ..data.loader import Batch, LoaderOptions, TrainLoader
