@@ -90,11 +90,10 @@ def flop_per_pair(a: Architecture, towers: Sequence[str] = ("vision", "text")) -
 
     The backward pass counts twice as much as the forward pass. What an implementation leaves out counts too.
     """
-    assert isinstance(a.vision_layers, int) and a.vision_mlp_width and a.patch_size, "a vision transformer"
-    patches = a.grid**2
+    patches, (patch_size, layers, mlp_width) = a.grid**2, a.vit
     forward = {
-        "vision": _tower_flop(patches + 1, a.vision_width, a.vision_layers, a.vision_mlp_width, a.embed_dim)
-        + 2 * patches * 3 * a.patch_size**2 * a.vision_width,
+        "vision": _tower_flop(patches + 1, a.vision_width, layers, mlp_width, a.embed_dim)
+        + 2 * patches * 3 * patch_size**2 * a.vision_width,
         "text": _tower_flop(a.context_length, a.text_width, a.text_layers, a.text_mlp_width, a.embed_dim),
     }
     return 3 * sum(forward[tower] for tower in towers)
