@@ -48,7 +48,7 @@ def _describe_model(path: str | os.PathLike, activation: str) -> dict[str, Any]:
     """The facts of a model file; those of another kind than a full CLIP in as far as they are known."""
     if os.path.exists(path):
         contents = read_contents(find_model_source(path).path)
-        kind = kind_of(contents.tensors).name
+        kind = kind_of(contents.tensors)
         if kind == "unknown":
             raise UserError(
                 f"{path} is not a CLIP: it has neither a text tower nor a vision tower; choose another file."
