@@ -187,7 +187,7 @@ def _difference_in_words(results: Mapping[str, ZeroShotResult]) -> str:
 def _zero_shot_rows(results: Mapping[str, ZeroShotResult], *, published: bool) -> list[dict[str, str]]:
     heading = "Zero-shot accuracy"
     rows = _rows(heading, results, _ZERO_SHOT_MEASURES)
-    rows.insert(1, {heading: "top 1, 95 % interval"} | {name: _interval(result) for name, result in results.items()})
+    rows.insert(1, {heading: "top 1, likely range"} | {name: _interval(result) for name, result in results.items()})
     if published:
         rows += _rows(
             heading, results, {"1 of 48 labels (as published; not an accuracy)": lambda result: result.in_batch}
