@@ -7,11 +7,11 @@ from image_folders import labels_folder
 from PIL import Image
 
 from clip_finetune.engine import TrainConfig, load_dataset, train
+from clip_finetune.engine.clip.tensor_files import same_bits
 from clip_finetune.engine.data import feature_cache
 from clip_finetune.engine.data.feature_cache import FeatureCache, FeatureSpec
 from clip_finetune.engine.data.images.image_cache import ImageCache
 from clip_finetune.engine.data.images.transforms import Transform
-from clip_finetune.engine.files import same_bits
 from clip_finetune.engine.train import frozen_features, master_weights
 
 QUICK = dict(epochs=3, learning_rate=1e-3, batch_size=6, precision="fp32", towers="text")
@@ -162,13 +162,13 @@ def test_the_tensors_come_back_from_the_disk_with_their_bits(data, tmp_path):
 def test_the_pictures_of_the_validation_are_encoded_once(data, tmp_path, monkeypatch):
     from clip_finetune.engine.evaluate import encoder as encoder_module
 
-    images, encoded = encoder_module.Encoder.images, []
+    images, encoded = encoder_module.Encoder.encode_batches, []
 
     def counted(self, batches, total):
         encoded.append(total)
         return images(self, batches, total)
 
-    monkeypatch.setattr(encoder_module.Encoder, "images", counted)
+    monkeypatch.setattr(encoder_module.Encoder, "encode_batches", counted)
     result = run(data, tmp_path / "text", validation=data)
     assert len(result.validations) == 4 and encoded == [20]
     assert len({line["loss"] for line in result.validations}) == 4
