@@ -44,10 +44,10 @@ class OldWay:
     def __init__(self, model: FullCLIP, device: torch.device, batch: Batch):
         self.device, self.positives = device, torch.eye(batch.pairs, dtype=torch.bool, device=device)
         self.network = build_network(to_gmp(model), device=device)
-        config = TrainConfig(batch_size=batch.pairs)
-        self.loss = LOSSES[config.loss].make(config.temperature, config.label_smoothing)
-        groups = parameter_groups(self.network.named_parameters(), model.architecture, config)
-        self.optimizer = build_optimizer(config, groups)
+        config = TrainConfig.from_flat(batch_size=batch.pairs)
+        self.loss = LOSSES[config.loss.loss].make(config.loss.temperature, config.loss.label_smoothing)
+        groups = parameter_groups(self.network.named_parameters(), model.architecture, config.optimizer)
+        self.optimizer = build_optimizer(config.optimizer, config.learning_rate, groups)
 
     def __call__(self, batch: Batch) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)

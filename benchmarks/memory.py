@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
     print("| training | batch | micro-batch | forecast (GB) | allocated (GB) | allocated / forecast |")
     print("|---|---|---|---|---|---|")
     for pairs, settings in kinds(card, limit):
-        config = TrainConfig(batch_size=pairs, **settings)
+        config = TrainConfig.from_flat(batch_size=pairs, **settings)
         told = ", ".join(f"{key} {value}" for key, value in settings.items()) or "default"
         work = TrainingStep(
             to_gmp(model) if config.gmp else model,

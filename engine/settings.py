@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import UserError
@@ -28,16 +28,21 @@ def setting(
     min: float | None = None,
     max: float | None = None,
     step: float | None = None,
+    choices: Iterable[str] = (),
     bookkeeping: bool = False,
 ) -> Any:
-    """Return a dataclass field. `bookkeeping`: changing the value does not change the result of a run."""
-    metadata = dict(help=help, min=min, max=max, step=step, bookkeeping=bookkeeping)
+    """Return a dataclass field.
+
+    `choices`: the names in a registry, for a `str`; a fixed set of words is a `Literal` type instead. `bookkeeping`:
+    changing the value does not change the result of a run.
+    """
+    metadata = dict(help=help, min=min, max=max, step=step, choices=tuple(choices), bookkeeping=bookkeeping)
     return dataclasses.field(default=default, metadata=types.MappingProxyType(metadata))
 
 
 @dataclasses.dataclass(frozen=True)
 class SettingInfo:
-    """What a front end needs to know about one setting; `kind` is int, float, str or bool, `choices` are of a str."""
+    """What a front end needs to know about one setting; `kind` is int, float, str or bool; only a str has `choices`."""
 
     name: str
     kind: type
@@ -48,6 +53,7 @@ class SettingInfo:
     max: float | None = None
     step: float | None = None
     bookkeeping: bool = False
+    section: str = ""
 
     def check(self, value: Any) -> Any:
         """Return the value, an int as a float where a float is wanted. Raises `UserError` for any other."""
@@ -79,7 +85,8 @@ def setting_infos(cls: type) -> Mapping[str, SettingInfo]:
     infos = {}
     for field in dataclasses.fields(cls):
         if "help" in field.metadata:
-            choices = get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else ()
-            kind = str if choices else hints[field.name]
-            infos[field.name] = SettingInfo(field.name, kind, field.default, choices=choices, **field.metadata)
+            metadata, kind = dict(field.metadata), hints[field.name]
+            if get_origin(kind) is Literal:
+                metadata["choices"], kind = get_args(kind), str
+            infos[field.name] = SettingInfo(field.name, kind, field.default, **metadata)
     return types.MappingProxyType(infos)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from typing import Any
 
 from comfy_api.latest import io, ui
 
 from ..engine.report.charts import loss_chart
 from ..engine.report.tables import time_words
-from ..engine.train.config import DEFAULT_PRESET, GMP_PRESETS, PRESETS, Preset, TrainConfig
+from ..engine.settings import SettingInfo
+from ..engine.train.config import DEFAULT_PRESET, GMP_PRESETS, PRESETS, Preset, TrainConfig, all_settings
 from ..engine.train.run.folder import ON_EXISTING
 from ..engine.train.run.results import Progress
 from ..engine.train.trainer import train
@@ -23,28 +23,25 @@ _IF_EXISTS = (
 )
 
 
-def _setting(field: dataclasses.Field, kind: type):
-    """A widget for one field of TrainConfig. Optional: what an API prompt leaves out comes from the preset."""
-    meta = field.metadata
-    common = dict(default=field.default, optional=True, tooltip=meta["help"], advanced=meta["advanced"] or None)
-    if meta["choices"]:
-        return io.Combo.Input(field.name, options=list(meta["choices"]), **common)
-    if kind is str:
-        return io.String.Input(field.name, **common)
-    if kind is bool:
-        return io.Boolean.Input(field.name, **common)
-    bounds = {key: meta[key] for key in ("min", "max", "step") if meta[key] is not None}
-    if kind is int:
-        fixed = {"control_after_generate": False} if field.name == "seed" else {}
-        return io.Int.Input(field.name, **bounds, **fixed, **common)
-    return io.Float.Input(field.name, **bounds, **common)
+def _setting(info: SettingInfo):
+    """A widget for one setting. Optional: what an API prompt leaves out comes from the preset."""
+    common = dict(default=info.default, optional=True, tooltip=info.help, advanced=bool(info.section) or None)
+    if info.choices:
+        return io.Combo.Input(info.name, options=list(info.choices), **common)
+    if info.kind is str:
+        return io.String.Input(info.name, **common)
+    if info.kind is bool:
+        return io.Boolean.Input(info.name, **common)
+    bounds = {key: value for key in ("min", "max", "step") if (value := getattr(info, key)) is not None}
+    if info.kind is int:
+        fixed = {"control_after_generate": False} if info.name == "seed" else {}
+        return io.Int.Input(info.name, **bounds, **fixed, **common)
+    return io.Float.Input(info.name, **bounds, **common)
 
 
 def _settings(*, advanced: bool):
-    """Widgets in the order of TrainConfig; a new advanced field goes last there, so that it is appended here."""
-    kinds = get_type_hints(TrainConfig)
-    chosen = [field for field in dataclasses.fields(TrainConfig) if field.metadata["node"]]
-    return [_setting(field, kinds[field.name]) for field in chosen if field.metadata["advanced"] == advanced]
+    """Widgets for all settings but `gmp`, which is a node of its own."""
+    return [_setting(info) for info in all_settings().values() if info.name != "gmp" and bool(info.section) == advanced]
 
 
 def _schema(node_id: str, display_name: str, description: str, presets: Mapping[str, Preset]):
@@ -95,7 +92,7 @@ def _schema(node_id: str, display_name: str, description: str, presets: Mapping[
 def _train(cls, presets, gmp, full_clip, train_set, validation, run_name, preset, if_run_exists, given: dict[str, Any]):
     values = dict(presets[preset].values) | given
     origins = dict.fromkeys(presets[preset].values, f"preset {preset}") | dict.fromkeys(given, "widget")
-    config = TrainConfig(**values, gmp=gmp)
+    config = TrainConfig.from_flat(**values, gmp=gmp)
     display = host.Display(cls.hidden.unique_id)
 
     def show(progress: Progress) -> None:

@@ -58,7 +58,7 @@ class OurStep:
         towers: str = "both",
         **settings,
     ):
-        config = TrainConfig(batch_size=batch.pairs, precision=precision, gmp=gmp, towers=towers, **settings)
+        config = TrainConfig.from_flat(batch_size=batch.pairs, precision=precision, gmp=gmp, towers=towers, **settings)
         if gmp:
             model = to_gmp(model)
         self.step = TrainingStep(
@@ -79,7 +79,7 @@ class OurStep:
 
     def __call__(self, batch: Batch) -> Tensor:
         if self.step.frozen_vision is not None:
-            batch = batch._replace(images=batch.images[:0], kept=list(self.features), views=[0] * batch.pairs)
+            batch = batch._replace(images=batch.images[:0], features=list(self.features), views=[0] * batch.pairs)
         loss = self.step(batch, self.done).loss
         self.done += 1
         return loss

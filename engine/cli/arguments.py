@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.load import load_dataset
-from ..data.readers.registry import FORMATS, holds_captions
+from ..data.readers.caption_files import holds_captions
+from ..data.readers.registry import FORMAT_NAMES
 from ..errors import UserError
 from ..settings import SettingInfo
 
@@ -55,10 +56,10 @@ def add_context_length(parser: argparse.ArgumentParser) -> None:
 def add_caption_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--caption-format",
-        choices=FORMATS,
+        choices=FORMAT_NAMES,
         default="auto",
         metavar="FORMAT",
-        help=f"format of the captions: {', '.join(FORMATS)} (default: auto, which recognises it)",
+        help=f"format of the captions: {', '.join(FORMAT_NAMES)} (default: auto, which recognises it)",
     )
     parser.add_argument("--image-column", default="", metavar="NAME", help="for tables: the column of image names")
     parser.add_argument(

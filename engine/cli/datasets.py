@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..data.dataset import ClipDataset
-from ..data.readers.registry import TARGETS
+from ..data.readers.registry import WRITABLE_FORMATS
 from ..data.tools.prepare import Preparation
 from ..settings import setting_infos
 from .arguments import DEVICE_HELP, Commands, add_caption_flags, add_setting_flags, given_settings, open_dataset
@@ -20,10 +20,9 @@ def add_commands(commands: Commands) -> None:
     convert.add_argument(
         "--to",
         required=True,
-        choices=TARGETS,
+        choices=WRITABLE_FORMATS,
         metavar="FORMAT",
-        help="json: a labels JSON. sidecar: a text file beside each image. kohya: meta_cap.json. metadata: Hugging "
-        "Face's metadata.jsonl. csv: image,caption. coco: COCO captions.",
+        help=" ".join(f"{name}: {record.help}." for name, record in WRITABLE_FORMATS.items()),
     )
     convert.add_argument(
         "output",

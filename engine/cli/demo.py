@@ -5,6 +5,7 @@ Nothing is downloaded, and the same seed gives the same numbers on the same mach
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import time
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from ..clip.exports import export_text_encoder
 from ..clip.full_clip import FullCLIP, save_full_clip
 from ..clip.gmp import fold_gmp
 from ..clip.network import random_full_clip
-from ..data.dataset import ClipDataset, load_dataset
+from ..data.dataset import ClipDataset
+from ..data.load import load_dataset
 from ..data.tools.demo_images import IMAGE_SIZE, draw_demo_classes, draw_demo_dataset
 from ..errors import UserError
 from ..evaluate.retrieval import eval_retrieval
@@ -28,6 +30,8 @@ from ..report.tables import table
 from ..train.config import TrainConfig
 from ..train.run.results import Progress
 from ..train.trainer import train
+from .arguments import Commands
+from .terminal import print_line
 
 SMALL_CLIP = Architecture(
     embed_dim=128,
@@ -51,6 +55,21 @@ PRETRAINING = TrainConfig.from_flat(
 )
 FINE_TUNING = TrainConfig.from_flat(epochs=12, learning_rate=1e-3, batch_size=72, precision="fp32")
 DEVICE = "cpu"
+
+
+def add_commands(commands: Commands) -> None:
+    demo = commands.add(
+        "demo",
+        _run,
+        "Train, fold, export and evaluate a small CLIP on images that are drawn for it.",
+        opens_model=False,
+    )
+    demo.add_argument("--out", default="clip_finetune_demo", metavar="DIR", help="where everything goes")
+    demo.add_argument("--seed", type=int, default=0, help="another seed draws other images (default: 0)")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    run_demo(Path(arguments.out), seed=arguments.seed, print_line=print_line)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,26 +2,56 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Literal
 
 from ..clip.architecture import Architecture
 from ..errors import UserError
-from .config import TrainConfig
+from ..settings import Settings, setting
+from .neuron_scaling import EXAMPLE
 from .optim.parameter_info import SCALARS, layers_of, parameter_info
 
+Towers = Literal["both", "text", "vision"]
 
-def trains_at_all(name: str, architecture: Architecture, config: TrainConfig) -> bool:
-    """Whether the parameter of this name is trained at any time of the run. A projection belongs to its tower."""
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayersConfig(Settings):
+    """Which layers train, and from when."""
+
+    freeze_embeddings: bool = setting(
+        False, "Freeze everything before the first block: token and position embeddings, and the patch embedding."
+    )
+    freeze_text_blocks: int = setting(0, "Freeze this many of the text tower's first blocks.", min=0, max=1000)
+    freeze_vision_blocks: int = setting(0, "Freeze this many of the vision tower's first blocks.", min=0, max=1000)
+    unfreeze_stages: int = setting(
+        1,
+        "Above 1: train only the top blocks at first and unfreeze the others from the top down, in this many equally "
+        "long stages.",
+        min=1,
+        max=1000,
+    )
+    scale_neurons: str = setting(
+        "",
+        "An experiment: scales units of the vision tower's MLPs during training, as block:unit=factor, such as "
+        f"{EXAMPLE}. Validation and the saved model leave it out.",
+    )
+
+
+def trains_at_all(
+    name: str, architecture: Architecture, towers: Towers, layers: LayersConfig, *, train_logit_scale: bool
+) -> bool:
+    """Return whether the parameter trains at any time of the run. A projection belongs to its tower."""
     if name == "logit_scale":
-        return config.train_logit_scale
+        return train_logit_scale
     if name in SCALARS:
         return True
     part = parameter_info(name, architecture)
-    if config.towers not in ("both", part.tower):
+    if towers not in ("both", part.tower):
         return False
     if part.depth == 0:
-        return not config.freeze_embeddings
-    return part.depth > _frozen_blocks(part.tower, config)
+        return not layers.freeze_embeddings
+    return part.depth > _frozen_blocks(part.tower, layers)
 
 
 def trains_in_stage(name: str, architecture: Architecture, stage: int, stages: int) -> bool:
@@ -41,7 +71,7 @@ def stage_at(step: int, total_steps: int, stages: int) -> int:
     return min(stages - 1, step * stages // max(total_steps, 1))
 
 
-def check_freezing(architecture: Architecture, config: TrainConfig) -> None:
+def check_freezing(architecture: Architecture, config: LayersConfig) -> None:
     """Raise `UserError` for more frozen blocks or stages than there are blocks, and if nothing would train."""
     for tower in ("text", "vision"):
         layers, frozen = layers_of(tower, architecture), _frozen_blocks(tower, config)
@@ -54,5 +84,5 @@ def check_freezing(architecture: Architecture, config: TrainConfig) -> None:
             )
 
 
-def _frozen_blocks(tower: str, config: TrainConfig) -> int:
+def _frozen_blocks(tower: str, config: LayersConfig) -> int:
     return config.freeze_text_blocks if tower == "text" else config.freeze_vision_blocks

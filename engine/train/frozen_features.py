@@ -12,7 +12,7 @@ from torch import Tensor
 from ..clip.architecture import Architecture
 from ..clip.full_clip import FullCLIP, fingerprint_of
 from ..data.dataset import ClipDataset
-from ..data.feature_cache import MEMORY_BYTES, FeatureCache
+from ..data.feature_cache import MEMORY_BYTES, FeatureCache, FeatureSpec
 from ..data.images.image_cache import ImageCache
 from ..data.images.transforms import Transform
 from ..data.loader import Batch
@@ -46,29 +46,29 @@ class FrozenFeatures:
         config, architecture = work.config, work.model.architecture
         blocks = frozen_blocks(architecture, config)
         random = transform.is_random
-        if blocks == 0 or not config.cache_features or (random and not config.cached_views):
+        if blocks == 0 or not config.memory.cache_features or (random and not config.images.cached_views):
             return None
         shape = (architecture.embed_dim,) if blocks is None else (architecture.grid**2 + 1, architecture.vision_width)
-        views, dtype = config.cached_views if random else 1, work.network.dtype
-        size = len(dataset) * views * torch.Size(shape).numel() * dtype.itemsize
+        made_by = f"{_fingerprint(work.model, blocks)} {blocks} {work.device.type} {config.layers.scale_neurons}"
+        spec = FeatureSpec(shape, work.network.dtype, made_by, views=config.images.cached_views if random else 1)
+        size = len(dataset) * spec.views * spec.bytes
         if blocks is not None and size > 0.9 * (MEMORY_BYTES + (cache.limit if cache is not None else 0)):
             work.say(
                 f"What the frozen blocks of the vision tower give would take {size / 1e9:.1f} GB, more than is kept "
                 "(image_cache_gb), so they run in every step."
             )
             return None
-        made_by = f"{_fingerprint(work.model, blocks)} {blocks} {work.device.type} {config.scale_neurons}"
-        return cls(work, blocks, FeatureCache(dataset, transform, shape, dtype, made_by, views=views, cache=cache))
+        return cls(work, blocks, FeatureCache(dataset, transform, spec, cache))
 
     def inputs(self, batch: Batch) -> Tensor:
         """What the frozen part gives for each pair [b, …], on the CPU; what was not kept is computed, and kept."""
-        if all(kept is not None for kept in batch.kept):
-            return torch.stack(list(batch.kept))
-        found = torch.empty(batch.pairs, *self.kept.shape, dtype=self.kept.dtype)
+        if all(kept is not None for kept in batch.features):
+            return torch.stack(list(batch.features))
+        found = torch.empty(batch.pairs, *self.kept.spec.shape, dtype=self.kept.spec.dtype)
         places: list[int] = []  # of the pictures that are new
         rows: list[int] = []  # among the batch's images
         image = 0
-        for place, kept in enumerate(batch.kept):
+        for place, kept in enumerate(batch.features):
             if kept is None:
                 # It may have come since the batch was made.
                 kept = self.kept.get(batch.indices[place], batch.views[place])
@@ -108,10 +108,10 @@ def frozen_blocks(architecture: Architecture, config: TrainConfig) -> int | None
     """How many blocks of the vision tower never train, with all that is before them; None if nothing of it trains."""
     if config.towers == "text":
         return None
-    if architecture.resnet or not config.freeze_embeddings:
+    if architecture.resnet or not config.layers.freeze_embeddings:
         return 0
     # The last block is never kept apart: of it only one position is computed.
-    return min(config.freeze_vision_blocks, layers_of("vision", architecture) - 1)
+    return min(config.layers.freeze_vision_blocks, layers_of("vision", architecture) - 1)
 
 
 def _fingerprint(model: FullCLIP, blocks: int | None) -> str:

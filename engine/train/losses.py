@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..settings import Settings, setting
+
 
 def positive_pairs(originals_b: Tensor, texts_b: Tensor) -> Tensor:
     """bool [b, b]: pair i's picture goes with pair j's caption, because they share the original picture or the caption.
@@ -154,3 +156,29 @@ LOSSES: dict[str, LossChoice] = {
         lambda temperature, smoothing: SecondOrder(temperature), "that of the published GmP scripts, to reproduce them"
     ),
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig(Settings):
+    """What the training minimises."""
+
+    loss: str = setting(
+        "infonce",
+        "What the training minimises. " + "; ".join(f"{name}: {loss.words}" for name, loss in LOSSES.items()) + ".",
+        choices=LOSSES,
+    )
+    temperature: float = setting(
+        0.07,
+        "For the losses with a fixed temperature; a smaller one is stricter. The others learn theirs (logit_scale).",
+        min=0.001,
+        max=10.0,
+        step=0.01,
+    )
+    label_smoothing: float = setting(
+        0.1,
+        "For fixed_temperature and entropy_penalty: the share of the target that is spread evenly over all captions.",
+        min=0.0,
+        max=0.99,
+        step=0.01,
+    )
+    train_logit_scale: bool = setting(True, "Train the temperature (logit_scale) too; it never rises above 100.")

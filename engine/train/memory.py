@@ -8,15 +8,16 @@ the width before and behind the activation), the last block 4, because all but o
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from ..clip.architecture import Architecture
 from ..clip.variants.resnet import resnet_values
 from ..errors import UserError
+from ..settings import Settings, setting
 from . import master_weights as weights_module
-from .config import TrainConfig
+from .freezing import LayersConfig
 
 if TYPE_CHECKING:
     from .step import TrainingStep
@@ -34,6 +35,48 @@ _SHARE_OF_FREE = 0.9
 # A processor gains nothing by more than this at once.
 _CPU_ACTIVATIONS = 4e9
 _GB = 1e9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryConfig(Settings):
+    """What trades memory, disk space and speed for each other; only `precision` changes the result."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto",
+        "Number format of the computation; the weights are kept in fp32. auto: bf16 where it is fast, else fp32.",
+    )
+    micro_batch: int = setting(
+        0,
+        "Pairs that go through the model at once. Changes memory and speed, never the mathematics of the result. "
+        "0 chooses it by the free memory.",
+        min=0,
+        max=65_536,
+        bookkeeping=True,
+    )
+    activation_checkpointing: bool = setting(
+        False, "Needs about a tenth of the memory and a third more time; the result is the same.", bookkeeping=True
+    )
+    compile: bool = setting(
+        False,
+        "Compile each block with torch.compile: faster on GPUs, after a minute of compiling at the start. Needs a C "
+        "compiler, which portable ComfyUI for Windows lacks.",
+        bookkeeping=True,
+    )
+    image_cache_gb: float = setting(
+        20.0,
+        "Cache decoded images on disk, up to this size and half of the free space, so that each is decoded once and "
+        "not once an epoch. 0 caches none.",
+        min=0.0,
+        max=100_000.0,
+        step=1.0,
+        bookkeeping=True,
+    )
+    cache_features: bool = setting(
+        True,
+        "If the vision tower, or its embeddings and first blocks, are frozen: run that part once per image and cache "
+        "its output, within image_cache_gb.",
+        bookkeeping=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +120,14 @@ def forecast(work: TrainingStep, pairs: int, micro_batch: int, text_length: int)
     """For batches of `pairs`, of which `micro_batch` go through at once, with texts of `text_length` tokens."""
     trained, network = work.trained.values(), [*work.network.parameters(), *work.network.buffers()]
     weights = _bytes(trained) + _bytes(tensor for tensor in network if not any(tensor is other for other in trained))
-    vision, text = activations_of(work.model.architecture, work.config, work.network.dtype.itemsize, text_length)
+    config = work.config
+    vision, text = activations_of(
+        work.model.architecture,
+        config.layers,
+        work.network.dtype.itemsize,
+        text_length,
+        checkpointed=config.memory.activation_checkpointing,
+    )
     at_once = min(micro_batch, pairs)
     vision = (vision if work.trains_vision else vision.without_backward).times(at_once)
     text = (text if work.trains_text else text.without_backward).times(at_once)
@@ -103,10 +153,9 @@ def forecast(work: TrainingStep, pairs: int, micro_batch: int, text_length: int)
 
 
 def activations_of(
-    a: Architecture, config: TrainConfig, itemsize: int, text_length: int
+    a: Architecture, config: LayersConfig, itemsize: int, text_length: int, *, checkpointed: bool
 ) -> tuple[Activations, Activations]:
     """Of the vision and of the text tower, for weights of `itemsize` bytes."""
-    checkpointed = config.activation_checkpointing
     # Blocks that nothing below trains keep nothing.
     frozen = (config.freeze_text_blocks, config.freeze_vision_blocks) if config.freeze_embeddings else (0, 0)
     text = _transformer(text_length * a.text_width, a.text_layers - frozen[0], itemsize, checkpointed)
@@ -131,7 +180,7 @@ def _transformer(stream: int, layers: int, itemsize: int, checkpointed: bool) ->
 def optimizer_bytes(work: TrainingStep) -> int:
     """Two moments of each trained value; of Adafactor a number for each row and column."""
     trained = work.trained.values()
-    if work.config.optimizer != "adafactor":
+    if work.config.optimizer.optimizer != "adafactor":
         return 2 * _bytes(trained)
     return sum(
         (p.numel() // p.shape[-1] + p.numel() // p.shape[-2]) * p.itemsize if p.dim() > 1 else p.nbytes for p in trained
@@ -163,8 +212,8 @@ def require_memory(work: TrainingStep, pairs: int, text_length: int) -> None:
     config = work.config
     ways = [
         "set towers to text" if config.towers == "both" else "",
-        "set optimizer to adafactor" if config.optimizer != "adafactor" else "",
-        "" if config.activation_checkpointing else "switch on activation_checkpointing",
+        "set optimizer to adafactor" if config.optimizer.optimizer != "adafactor" else "",
+        "" if config.memory.activation_checkpointing else "switch on activation_checkpointing",
         f"lower batch_size (it is {pairs})" if _LOGITS * 4 * pairs**2 > 0.1 * total else "",
     ]
     raise UserError(

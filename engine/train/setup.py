@@ -5,9 +5,9 @@ from __future__ import annotations
 from ..clip.full_clip import FullCLIP
 from ..clip.gmp import to_gmp
 from ..data.dataset import ClipDataset
+from ..data.decoded_images import allowed_broken, too_many_broken
 from ..data.images.transforms import Transform
-from ..data.loader import allowed_broken, too_many_broken
-from ..data.sampler import DEFAULT_TEMPLATE, CaptionPolicy
+from ..data.sampler import DEFAULT_TEMPLATE
 from ..errors import UserError
 from .config import TrainConfig
 from .freezing import check_freezing
@@ -35,47 +35,30 @@ def prepare_model(full_clip: FullCLIP, config: TrainConfig, notes: Notes) -> Ful
 
 def check_settings(model: FullCLIP, config: TrainConfig) -> None:
     """Raise `UserError` for settings that this model does not fit."""
-    check_freezing(model.architecture, config)
-    parse_neurons(config.scale_neurons, model.architecture)
-    LearningRateMultipliers.parse(config.lr_multipliers)
+    check_freezing(model.architecture, config.layers)
+    parse_neurons(config.layers.scale_neurons, model.architecture)
+    LearningRateMultipliers.parse(config.optimizer.lr_multipliers)
     transform_of(config, model.architecture.image_size)
-    if "{}" not in config.label_template:
+    template = config.captions.label_template
+    if "{}" not in template:
         raise UserError(
-            f"label_template is {config.label_template!r}; write a sentence with {{}} where the class goes, such as "
+            f"label_template is {template!r}; write a sentence with {{}} where the class goes, such as "
             f'"{DEFAULT_TEMPLATE}"'
         )
 
 
 def transform_of(config: TrainConfig, image_size: int) -> Transform:
     """How the training's pictures become squares; raises `UserError` for a background that is no colour."""
-    return Transform(
-        image_size=image_size,
-        resize_mode=config.resize_mode,
-        background=config.background,
-        resize_backend=config.resize_backend,
-        min_crop_area=config.min_crop_area,
-        horizontal_flip=config.horizontal_flip,
-        color_jitter=config.color_jitter,
-    )
-
-
-def caption_policy_of(config: TrainConfig) -> CaptionPolicy:
-    return CaptionPolicy(
-        which=config.caption_policy,
-        long_caption_ratio=config.long_caption_ratio,
-        dropout=config.caption_dropout,
-        shuffle_tags=config.shuffle_tags,
-        keep_tokens=config.keep_tokens,
-    )
+    return Transform.of(config.images, image_size)
 
 
 def existing_training_images(dataset: ClipDataset, config: TrainConfig, notes: Notes) -> ClipDataset:
     """As `existing_images`; raises `UserError` if more are missing than max_broken allows."""
     present = existing_images(dataset, "training", notes)
     gone = len(dataset) - len(present)
-    if gone > allowed_broken(config.max_broken, len(dataset)) and gone < len(dataset):
+    if gone > allowed_broken(config.checkpoints.max_broken, len(dataset)) and gone < len(dataset):
         reasons = {dataset.names[index]: "the file is not there" for index in dataset.missing()}
-        raise too_many_broken(reasons, len(dataset), config.max_broken, dataset.name)
+        raise too_many_broken(reasons, len(dataset), config.checkpoints.max_broken, dataset.name)
     return present
 
 

@@ -76,34 +76,40 @@ class TrainingStep:
         self.stage: int | None = None
         architecture = model.architecture
         self.weights = MasterWeights(
-            model, lambda name: trains_at_all(name, architecture, config), device=device, dtype=DTYPES[precision]
+            model,
+            lambda name: trains_at_all(
+                name, architecture, config.towers, config.layers, train_logit_scale=config.loss.train_logit_scale
+            ),
+            device=device,
+            dtype=DTYPES[precision],
         )
         self.network = self.weights.network
-        scale_neurons(self.network, parse_neurons(config.scale_neurons, architecture))
-        if config.activation_checkpointing:
+        scale_neurons(self.network, parse_neurons(config.layers.scale_neurons, architecture))
+        if config.memory.activation_checkpointing:
             checkpoint_activations(self.network)
-        if config.compile:
+        if config.memory.compile:
             compile_blocks(self.network)
-        self.loss = LOSSES[config.loss].make(config.temperature, config.label_smoothing).to(device)
+        self.loss = LOSSES[config.loss.loss].make(config.loss.temperature, config.loss.label_smoothing).to(device)
         self.trained = self.weights.masters | dict(self.loss.named_parameters())
         if not self.trained.keys() - SCALARS:
             raise UserError("Everything is frozen, so there is nothing to train; freeze fewer blocks.")
-        groups = parameter_groups(self.trained.items(), architecture, config)
-        self.optimizer = build_optimizer(config, groups, say)
+        groups = parameter_groups(self.trained.items(), architecture, config.optimizer)
+        self.optimizer = build_optimizer(config.optimizer, config.learning_rate, groups, say)
         self.meter = GradientMeter(groups, architecture)
         self.group_rows = group_table(groups, config.learning_rate)
         self.broken = torch.zeros((), device=device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self._enter_stage(0)
-        self.micro_batch = config.micro_batch or fitting_micro_batch(self, batch_size)
+        self.micro_batch = config.memory.micro_batch or fitting_micro_batch(self, batch_size)
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
     def __call__(self, batch: Batch, done: int) -> Outcome:
         """The step after `done` others. Once a step is not finite, none after it moves the weights, until `forget`."""
         config = self.config
-        self._enter_stage(stage_at(done, self.total_steps, config.unfreeze_stages))
-        factor = SCHEDULES[config.schedule](done, self.total_steps, config.warmup, config.min_lr_ratio)
+        self._enter_stage(stage_at(done, self.total_steps, config.layers.unfreeze_stages))
+        optim = config.optimizer
+        factor = SCHEDULES[optim.schedule](done, self.total_steps, optim.warmup, optim.min_lr_ratio)
         rates = set_learning_rates(self.optimizer, config.learning_rate, factor)
         shown_scale = self.network.logit_scale.detach().exp()
         loss = self._gradients(batch, begins=done == 0)
@@ -153,8 +159,8 @@ class TrainingStep:
         clipping)."""
         self.scaler.unscale_(self.optimizer)
         norms = self.meter.measure()
-        if self.config.max_grad_norm:
-            self.meter.clip(norms, self.config.max_grad_norm)
+        if self.config.optimizer.max_grad_norm:
+            self.meter.clip(norms, self.config.optimizer.max_grad_norm)
         # Under fp16 an infinite gradient is how the scaler finds its scale: it skips such a step and goes on.
         finite = torch.isfinite(loss) if self.scaler.is_enabled() else torch.isfinite(loss) & norms.total.isfinite()
         self.broken.copy_(torch.maximum(self.broken, (~finite).float()))
@@ -198,7 +204,7 @@ class TrainingStep:
         if stage == self.stage:
             return
         self.optimizer.zero_grad(set_to_none=True)
-        self.stage, stages = stage, self.config.unfreeze_stages
+        self.stage, stages = stage, self.config.layers.unfreeze_stages
         architecture = self.model.architecture
         self.weights.choose(lambda name: trains_in_stage(name, architecture, stage, stages))
         self.trains_vision, self.trains_text = (
@@ -240,5 +246,5 @@ class TrainingStep:
         self.weights.refresh()
         if numbers["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(numbers["scaler"])
-        if not self.config.micro_batch:
+        if not self.config.memory.micro_batch:
             self.micro_batch = numbers["micro_batch"]

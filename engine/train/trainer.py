@@ -18,7 +18,7 @@ import torch
 from ..clip.full_clip import FullCLIP, load_full_clip, save_full_clip
 from ..data.dataset import ClipDataset
 from ..data.images.image_cache import ImageCache
-from ..data.loader import Batch, TrainLoader
+from ..data.loader import Batch, LoaderOptions, TrainLoader
 from ..data.sampler import Sampler, with_template
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
@@ -39,7 +39,6 @@ from .run.profile import Profile
 from .run.report import write_report
 from .run.results import Notes, Progress, TrainResult
 from .setup import (
-    caption_policy_of,
     check_settings,
     existing_training_images,
     fitting_batch_size,
@@ -80,9 +79,9 @@ def train(
     notes = Notes(on_note)
     model = prepare_model(full_clip, config, notes)
     check_settings(model, config)
-    train_set = with_template(existing_training_images(train_set, config, notes), config.label_template)
-    validation = useful_validation(validation and with_template(validation, config.label_template), notes)
-    pairs = Sampler(train_set, config.seed, caption_policy_of(config)).length
+    train_set = with_template(existing_training_images(train_set, config, notes), config.captions.label_template)
+    validation = useful_validation(validation and with_template(validation, config.captions.label_template), notes)
+    pairs = Sampler(train_set, config.seed, config.captions).length
     batch_size = fitting_batch_size(config, train_set, pairs, notes)
     chosen_device = resolve_device(device)
     identity = {
@@ -141,12 +140,12 @@ class Training:
         self.device: torch.device = device
         self.notes: Notes = notes
         self.on_progress, self.check_cancelled = on_progress, check_cancelled
-        self.precision = resolve_precision(config.precision, device, model.architecture.text_width)
+        self.precision = resolve_precision(config.memory.precision, device, model.architecture.text_width)
         self.cache_folder: str | os.PathLike | None = cache_folder
         self.transform = transform_of(config, model.architecture.image_size)
         self.steps_per_epoch: int = steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
-        self.validate_every = config.validate_every or self.steps_per_epoch
+        self.validate_every = config.checkpoints.validate_every or self.steps_per_epoch
         self.step = 0
         self.stage: int | None = None
         self.validated: int | None = None  # the step whose validation is in the metrics
@@ -157,7 +156,7 @@ class Training:
         self.validations: list[dict[str, Any]] = []
         self.unlogged: list[dict[str, Any]] = []
         self.pending = PendingSteps()
-        self.profile = Profile(device, config.profile)
+        self.profile = Profile(device, config.checkpoints.profile)
 
     # ---- the run ---------------------------------------------------------------------------------------------------
 
@@ -216,7 +215,7 @@ class Training:
                 if self.pending.due():
                     self._settle()
                 self._tell()
-            every, minutes = self.config.save_every_steps, self.config.save_every_minutes
+            every, minutes = self.config.checkpoints.save_every_steps, self.config.checkpoints.save_every_minutes
             if (every and self.step % every == 0) or (minutes and time.monotonic() - last_save > minutes * 60):
                 self._settle()
                 self._save()
@@ -358,12 +357,16 @@ class Training:
             "total_steps": self.total_steps,
             "best": self.best,
             "metrics_bytes": self.folder.metrics_bytes(),
-            "schedule": {"name": self.config.schedule, "step": self.step, "warmup": self.config.warmup},
+            "schedule": {
+                "name": self.config.optimizer.schedule,
+                "step": self.step,
+                "warmup": self.config.optimizer.warmup,
+            },
             # All randomness is a function of these, so there is no generator whose state would have to be kept.
             "sampler": {"seed": self.config.seed, "epoch": epoch, "position": position},
             **numbers,
         }
-        self.folder.save_state(self.step, tensors, info, self.config.keep_checkpoints)
+        self.folder.save_state(self.step, tensors, info, self.config.checkpoints.keep_checkpoints)
         self.saved_step = self.step
         self._write_chart()
 
@@ -399,10 +402,10 @@ class Training:
                 f"{len(self.loader.broken)} training pictures cannot be opened and were left out of their batches (the "
                 f"first is {name}: {reason})."
             )
-        if self.loader.cut:
+        if self.loader.truncated:
             self.notes.append(
-                f"{len(self.loader.cut)} captions are longer than the {self.tokenizer.context_length} tokens that the "
-                "model reads and were cut, each behind its last whole word that fits."
+                f"{len(self.loader.truncated)} captions are longer than the {self.tokenizer.context_length} tokens "
+                "that the model reads and were cut, each behind its last whole word that fits."
             )
         if self.profile.enabled:
             self.notes.append("Where the time of a step went:\n" + table(self.profile.rows()))
@@ -419,7 +422,7 @@ class Training:
     def _out_of_memory(self) -> UserError:
         pairs = min(self.work.micro_batch, self.batch_size)
         smaller = f"Set micro_batch to {max(1, pairs // 2)} (it was {pairs})" if pairs > 1 else "Set towers to text"
-        more = "" if self.config.activation_checkpointing else ", switch on activation_checkpointing"
+        more = "" if self.config.memory.activation_checkpointing else ", switch on activation_checkpointing"
         start = f"step {self.saved_step}" if self.saved_step else "its beginning"
         return UserError(
             f"There was not enough memory for step {self.step + 1}. {smaller}{more}, or train one tower only; the run "
@@ -445,7 +448,7 @@ class Training:
         self.notes.append("What trains, and how fast:\n" + table(self.work.group_rows))
 
     def _tell_stage(self) -> None:
-        stages = self.config.unfreeze_stages
+        stages = self.config.layers.unfreeze_stages
         stage = stage_at(self.step, self.total_steps, stages)
         if stages > 1 and stage != self.stage:
             self._settle()
@@ -455,20 +458,21 @@ class Training:
     def _open_images(self) -> None:
         """The loader and the cache of decoded pictures; raises `UserError` if too many of the pictures are broken."""
         config, self.cache = self.config, None
-        if self.cache_folder is not None and config.image_cache_gb:
-            self.cache = ImageCache(self.cache_folder, int(config.image_cache_gb * 1e9), self.notes.append)
+        if self.cache_folder is not None and config.memory.image_cache_gb:
+            self.cache = ImageCache(self.cache_folder, int(config.memory.image_cache_gb * 1e9), self.notes.append)
         frozen = self.work.frozen_vision = FrozenFeatures.of(self.work, self.train_set, self.transform, self.cache)
         self.loader = TrainLoader(
             self.train_set,
-            self.transform.image_size,
             self.tokenizer,
-            self.batch_size,
-            config.seed,
-            transform=self.transform,
-            policy=caption_policy_of(config),
-            cache=self.cache,
-            max_broken=config.max_broken,
-            kept=frozen and frozen.kept,
+            self.transform,
+            config.captions,
+            LoaderOptions(
+                batch_size=self.batch_size,
+                seed=config.seed,
+                max_broken=config.checkpoints.max_broken,
+                cache=self.cache,
+                feature_cache=frozen and frozen.kept,
+            ),
         )
         try:
             self.loader.probe()

@@ -52,7 +52,7 @@ def prepare(server: Server) -> None:
     save_full_clip(trained.full_clip, models / "full_clip/vit_l_14.safetensors")
     mine, validation = split_dataset(load_dataset(pictures / "my_pictures"), 0.1)
     run = server.base / "output/clip_finetune/my_clip"
-    train(trained.full_clip, mine, validation, TrainConfig(**GENTLE), run_folder=run)
+    train(trained.full_clip, mine, validation, TrainConfig.from_flat(**GENTLE), run_folder=run)
 
 
 def fill_in(page, workflow: dict, name: str) -> None:

@@ -11,12 +11,14 @@ import functools
 import math
 import os
 import random
+from typing import Literal
 
 import numpy
 import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ...settings import Settings, setting
 from .decoding import decode, decode_plain_jpeg
 
 RESIZE_MODES = ("crop", "pad", "squash", "random_crop")
@@ -26,6 +28,57 @@ RESIZE_BACKENDS = ("exact", "fast")
 _LONGEST_BASE, _LARGEST_BASE = 4, 2.0
 _ASPECTS = (3 / 4, 4 / 3)  # of random parts, as in torchvision's RandomResizedCrop
 _TRIES = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImagesConfig(Settings):
+    """How a training turns image files into squares."""
+
+    resize_mode: Literal["crop", "pad", "squash", "random_crop"] = setting(
+        "crop",
+        "How an image becomes a square. crop: cut out the centre; pad: keep the whole image and fill the rest with the "
+        "background; squash: keep the whole image, distorted; random_crop: cut out a different part each epoch "
+        "(validation uses the centre).",
+    )
+    min_crop_area: float = setting(
+        0.5,
+        "For resize_mode random_crop: the smallest share of the image's area that a crop covers.",
+        min=0.05,
+        max=1.0,
+        step=0.05,
+    )
+    horizontal_flip: bool = setting(
+        False,
+        "Mirror half of the images, chosen anew each epoch. Leave it off if captions mention left or right, or if the "
+        "images contain writing.",
+    )
+    color_jitter: float = setting(
+        0.0,
+        "Change brightness, contrast and saturation at random by up to this share, and the hue by a fifth of it. "
+        "Leave it at 0 if captions name colours.",
+        min=0.0,
+        max=1.0,
+        step=0.05,
+    )
+    background: str = setting(
+        "white", "The colour behind transparent images and around padded ones: a colour name, or a code like #808080."
+    )
+    resize_backend: Literal["exact", "fast"] = setting(
+        "exact",
+        "exact: the same pixels as OpenAI's own transform. fast: decodes and resizes about three times as fast; in "
+        "most images one value in 300 differs, by one or two of 255.",
+    )
+    cached_views: int = setting(
+        0,
+        "For a frozen vision tower with flips, jitter or random crops: make this many variants of each image and use "
+        "them in turn, so that their features can be cached. 0 makes new ones each epoch, which cannot be cached.",
+        min=0,
+        max=1000,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _rgb(self.background)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +99,11 @@ class Transform:
     min_crop_area: float = 0.5
     horizontal_flip: bool = False
     color_jitter: float = 0.0
+
+    @classmethod
+    def of(cls, config: ImagesConfig, image_size: int) -> Transform:
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "image_size"]
+        return cls(image_size=image_size, **{name: getattr(config, name) for name in names})
 
     def __post_init__(self):
         for name, choices in (("resize_mode", RESIZE_MODES), ("resize_backend", RESIZE_BACKENDS)):
@@ -75,7 +133,7 @@ class Transform:
         return f"1/{self.image_size}/{base}/{_rgb(self.background)}/{self.resize_backend}/{versions}"
 
     @property
-    def chance_name(self) -> str:
+    def augmentation_name(self) -> str:
         """Equal for transforms that make the same of a `base` and equal chances."""
         return (
             f"{self.resize_mode}/{self.min_crop_area}/{self.horizontal_flip}/{self.color_jitter}"

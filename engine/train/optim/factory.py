@@ -10,14 +10,70 @@ import contextlib
 import dataclasses
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import nn
 
 from ...clip.architecture import Architecture
 from ...errors import UserError
-from ..config import TrainConfig
+from ...settings import Settings, setting
+from ..schedules import SCHEDULES
 from .parameter_info import KINDS, SCALARS, Part, layers_of, parameter_info
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Settings):
+    """How the weights move: the optimizer, its learning-rate schedule and multipliers."""
+
+    optimizer: Literal["adabelief", "adamw", "adafactor"] = setting(
+        "adabelief",
+        "The optimizer. adafactor needs the least memory, because it keeps no moments the size of the weights; its "
+        "learning_rate is relative to the size of each weight, so set it about 50 times higher than for the others.",
+    )
+    weight_decay: float = setting(
+        0.01,
+        "Pulls the weights of linear layers towards zero, in proportion to the learning rate.",
+        min=0.0,
+        max=1.0,
+        step=0.001,
+    )
+    beta1: float = setting(0.9, "Decay rate of the optimizer's average gradient.", min=0.0, max=0.999, step=0.01)
+    beta2: float = setting(
+        0.999, "Decay rate of the optimizer's average gradient size.", min=0.0, max=0.99999, step=0.001
+    )
+    max_grad_norm: float = setting(
+        1.0, "Clip the gradient norm to this before each step; 0 does not clip.", min=0.0, max=1e6, step=0.1
+    )
+    schedule: str = setting(
+        "one_cycle",
+        "How the learning rate falls after the warm-up: along half a cosine, linearly, or not at all. one_cycle is a "
+        "cosine whose warm-up is a cosine too.",
+        choices=SCHEDULES,
+    )
+    warmup: float = setting(
+        0.1, "The share of steps in which the learning rate rises to its peak.", min=0.0, max=0.9, step=0.05
+    )
+    min_lr_ratio: float = setting(
+        0.01,
+        "The learning rate of the last step as a share of the peak; the constant schedule ignores it.",
+        min=0.0,
+        max=1.0,
+        step=0.01,
+    )
+    lr_multipliers: str = setting(
+        "",
+        "Gives parameter groups lower or higher learning rates than others, such as vision=0.5, text.embeddings=0.1. "
+        "The fastest group gets learning_rate.",
+    )
+    layer_decay: float = setting(
+        1.0,
+        "Below 1, the learning rate of each layer is this multiple of the one above it, such as 0.8.",
+        min=0.05,
+        max=1.0,
+        step=0.05,
+    )
+
 
 # ---- groups ----------------------------------------------------------------------------------------------------------
 
@@ -56,7 +112,7 @@ class LearningRateMultipliers:
 
 
 def parameter_groups(
-    parameters: Iterable[tuple[str, nn.Parameter]], architecture: Architecture, config: TrainConfig
+    parameters: Iterable[tuple[str, nn.Parameter]], architecture: Architecture, config: OptimizerConfig
 ) -> list[dict]:
     """Each of the named parameters in exactly one group: one per tower and kind, and with layer-wise decay per depth.
 
@@ -122,7 +178,10 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, learning_rate: float, f
 
 
 def build_optimizer(
-    config: TrainConfig, groups: Iterable[dict], say: Callable[[str], None] = lambda note: None
+    config: OptimizerConfig,
+    learning_rate: float,
+    groups: Iterable[dict],
+    say: Callable[[str], None] = lambda note: None,
 ) -> torch.optim.Optimizer:
     """AdaBelief of adabelief-pytorch (Zhuang et al. 2020, arXiv:2010.07468), torch's AdamW or torch's Adafactor
     (Shazeer and Stern 2018, arXiv:1804.04235), which has no momentum, so that the betas do nothing; decay is decoupled.
@@ -130,15 +189,15 @@ def build_optimizer(
     """
     betas = (config.beta1, config.beta2)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
     if config.optimizer == "adafactor":
-        return _Adafactor(groups, lr=config.learning_rate)
+        return _Adafactor(groups, lr=learning_rate)
     from .adabelief import ChunkedAdaBelief
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its settings
         return ChunkedAdaBelief(
             list(groups),
-            lr=config.learning_rate,
+            lr=learning_rate,
             betas=betas,
             eps=1e-16,
             weight_decouple=True,

@@ -2,13 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...settings import Settings, setting
+
 _MODEL, _LOSS, _OPTIMIZER = "model.", "loss.", "optimizer."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointsConfig(Settings):
+    """When to validate and to save, and when to give up."""
+
+    validate_every: int = setting(
+        0, "Validate every this many steps; 0 validates once an epoch.", min=0, max=1_000_000_000
+    )
+    save_every_steps: int = setting(
+        0,
+        "Save a checkpoint every this many steps; 0 leaves it to save_every_minutes.",
+        min=0,
+        max=1_000_000_000,
+        bookkeeping=True,
+    )
+    save_every_minutes: float = setting(
+        10.0,
+        "Save a checkpoint this often, so that a power failure costs little; 0 never does.",
+        min=0.0,
+        max=100_000.0,
+        bookkeeping=True,
+    )
+    keep_checkpoints: int = setting(1, "How many of the newest checkpoints to keep.", min=1, max=1000, bookkeeping=True)
+    max_broken: float = setting(
+        0.05,
+        "Stop, or do not start, if more than this share of the images is missing or damaged. A single one is always "
+        "left out and named, unless this is 0.",
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        bookkeeping=True,
+    )
+    profile: bool = setting(False, "Measure where the time of a step goes, and report it at the end.", bookkeeping=True)
 
 
 def pack(

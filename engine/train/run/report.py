@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 from ...errors import UserError
 from ...files import write_text
-from ..config import TrainConfig
+from ..config import all_settings
 
 if TYPE_CHECKING:
     from ..trainer import Training
@@ -32,7 +31,7 @@ def write_report(training: Training) -> None:
             step=training.step,
             total_steps=training.total_steps,
             best_step=None if training.best is None else int(training.best["step"]),
-            defaults={field.name: field.default for field in dataclasses.fields(TrainConfig)},
+            defaults={name: info.default for name, info in all_settings().items()},
             notes=training.notes,
             pictures=sample_images(shown, _PICTURES, side=256),
         )

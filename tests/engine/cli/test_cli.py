@@ -1,6 +1,5 @@
 """The command, as it is typed."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -14,11 +13,12 @@ from clips import random_clip
 from image_folders import class_folder, labels_folder
 from safetensors.torch import load_file, save_file
 
-from clip_finetune.engine import TrainConfig, load_full_clip, save_full_clip, to_gmp
+from clip_finetune.engine import load_full_clip, save_full_clip, to_gmp
 from clip_finetune.engine.cli import main
 from clip_finetune.engine.clip.exports import text_encoder_state_dict
 from clip_finetune.engine.clip.full_clip import file_metadata
 from clip_finetune.engine.files import same_bits
+from clip_finetune.engine.train.config import all_settings
 
 
 @pytest.fixture
@@ -120,10 +120,9 @@ def test_every_setting_is_a_flag(here, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     shown = capsys.readouterr().out
-    for field in dataclasses.fields(TrainConfig):
-        assert f"--{field.name.replace('_', '-')} " in shown or f"--{field.name.replace('_', '-')}," in shown, (
-            field.name
-        )
+    for name in all_settings():
+        flag = f"--{name.replace('_', '-')}"
+        assert f"{flag} " in shown or f"{flag}," in shown, name
 
 
 def _cut(here):

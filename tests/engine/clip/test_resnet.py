@@ -30,8 +30,15 @@ from clip_finetune.engine.clip.network import StoredNorm
 from clip_finetune.engine.clip.variants.resnet import resnet_values
 from clip_finetune.engine.files import same_bits
 from clip_finetune.engine.train import master_weights
+from clip_finetune.engine.train.freezing import LayersConfig
 from clip_finetune.engine.train.memory import activations_of
-from clip_finetune.engine.train.optim.factory import build_optimizer, group_table, parameter_groups, set_learning_rates
+from clip_finetune.engine.train.optim.factory import (
+    OptimizerConfig,
+    build_optimizer,
+    group_table,
+    parameter_groups,
+    set_learning_rates,
+)
 from clip_finetune.engine.train.optim.gradient_norms import GradientMeter
 from clip_finetune.engine.train.optim.parameter_info import layer_in_words, layers_of, parameter_info
 
@@ -91,7 +98,7 @@ def data(tmp_path_factory):
 
 
 def run(model, data, folder, validation=None, *, progress=lambda told: None, **changes):
-    config = TrainConfig(**(QUICK | changes))
+    config = TrainConfig.from_flat(**(QUICK | changes))
     return train(model, data, validation, config, run_folder=folder, device="cpu", on_progress=progress)
 
 
@@ -294,7 +301,7 @@ def test_the_text_encoder_of_a_resnet_is_exported(model, tmp_path):
 
 
 def named_groups(network, architecture=TINY_RN, **settings):
-    return parameter_groups(network.named_parameters(), architecture, TrainConfig(**settings))
+    return parameter_groups(network.named_parameters(), architecture, OptimizerConfig(**settings))
 
 
 @pytest.mark.parametrize("layer_decay", [1.0, 0.5])
@@ -317,8 +324,8 @@ def test_every_parameter_of_a_resnet_is_in_exactly_one_group_and_no_statistic_in
 def test_decay_acts_on_convolutions_and_matrices_and_not_on_norms_and_biases(model, optimizer):
     """Without a gradient a decayed weight shrinks by 1 − rate · decay, and nothing else moves."""
     network = build_network(model)
-    config = TrainConfig(optimizer=optimizer, learning_rate=0.1, weight_decay=0.5)
-    built = build_optimizer(config, parameter_groups(network.named_parameters(), TINY_RN, config))
+    config = OptimizerConfig(optimizer=optimizer, weight_decay=0.5)
+    built = build_optimizer(config, 0.1, parameter_groups(network.named_parameters(), TINY_RN, config))
     set_learning_rates(built, 0.1, 0.5)
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -548,8 +555,8 @@ def test_the_memory_estimate_counts_what_the_stem_and_the_blocks_give_out():
 
 def test_what_a_resnet_keeps_for_backward():
     """Measured on the CPU in fp32: 102 MB a picture, or 40 MB checkpointed, for 6.3 M values."""
-    plain, _ = activations_of(RN50, TrainConfig(), 4, 77)
-    less, _ = activations_of(RN50, TrainConfig(activation_checkpointing=True), 4, 77)
+    plain, _ = activations_of(RN50, LayersConfig(), 4, 77, checkpointed=False)
+    less, _ = activations_of(RN50, LayersConfig(), 4, 77, checkpointed=True)
     assert plain.kept == pytest.approx(126e6, rel=0.02) and less.kept == pytest.approx(50.4e6, rel=0.02)
 
 

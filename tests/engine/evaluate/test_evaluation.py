@@ -498,7 +498,7 @@ def test_a_training_measures_the_captions_that_it_trains_on_whatever_its_classes
         for copy in range(2):
             Image.new("RGB", (32, 32), (80 * number, 50 * copy, 50)).save(tmp_path / f"classes/{folder}/{copy}.png")
     data = load_dataset(tmp_path / "classes")
-    config = TrainConfig(epochs=1, batch_size=3, precision="fp32")
+    config = TrainConfig.from_flat(epochs=1, batch_size=3, precision="fp32")
     result = train(model, data, data, config, run_folder=tmp_path / "run", device="cpu")
     assert len(result.validations) > 1
 
@@ -562,7 +562,7 @@ def trained(tmp_path_factory):
                 pixels = numpy.array(colour) + noise.normal(0, 60, (32, 32, 3)) + noise.normal(0, 30, 3)
                 file = top / part / name / f"{number}.png"
                 Image.fromarray(pixels.clip(0, 255).astype(numpy.uint8)).save(file)
-    config = TrainConfig(epochs=10, batch_size=16, learning_rate=1e-3, precision="fp32")
+    config = TrainConfig.from_flat(epochs=10, batch_size=16, learning_rate=1e-3, precision="fp32")
     trained = train(random_clip(), load_dataset(top / "train"), None, config, run_folder=top / "run")
     return load_full_clip(trained.run_folder / "best.safetensors"), load_dataset(top / "test")
 

@@ -126,7 +126,7 @@ def run(model, data, folder, *, stop_at=None, **changes):
         if told.step == stop_at:
             raise Stop
 
-    config = TrainConfig(**(QUICK | changes))
+    config = TrainConfig.from_flat(**(QUICK | changes))
     return train(model, data[0], data[1], config, run_folder=folder, device="cpu", on_progress=progress)
 
 

@@ -76,7 +76,7 @@ def identical(one, other):
 
 def run(place, folder, data="colours", **options):
     hooks = {name: options.pop(name) for name in ("on_progress", "on_note", "check_cancelled") if name in options}
-    model, config = random_clip(), TrainConfig(**(QUICK | options))
+    model, config = random_clip(), TrainConfig.from_flat(**(QUICK | options))
     return train(model, load_dataset(place / data), None, config, run_folder=folder, device="cpu", **hooks)
 
 

@@ -267,7 +267,7 @@ def test_a_training_says_it_too(monkeypatch):
 
     monkeypatch.setattr(adabelief, "_cuda_device", lambda groups: CPU)
     monkeypatch.setattr(adabelief, "tried_kernel", fails)
-    notes, config = [], TrainConfig(batch_size=2)
+    notes, config = [], TrainConfig.from_flat(batch_size=2)
     step = TrainingStep(
         random_clip(), config, device=CPU, precision="fp32", batch_size=2, total_steps=9, say=notes.append
     )

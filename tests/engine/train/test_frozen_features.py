@@ -8,7 +8,7 @@ from PIL import Image
 
 from clip_finetune.engine import TrainConfig, load_dataset, train
 from clip_finetune.engine.data import feature_cache
-from clip_finetune.engine.data.feature_cache import FeatureCache
+from clip_finetune.engine.data.feature_cache import FeatureCache, FeatureSpec
 from clip_finetune.engine.data.images.image_cache import ImageCache
 from clip_finetune.engine.data.images.transforms import Transform
 from clip_finetune.engine.files import same_bits
@@ -41,7 +41,7 @@ def computed(monkeypatch):
 
 
 def run(data, folder, *, seed=0, progress=lambda progress: None, cache_folder=None, validation=None, **settings):
-    config = TrainConfig(**(QUICK | settings))
+    config = TrainConfig.from_flat(**(QUICK | settings))
     return train(
         random_clip(seed=seed),
         data,
@@ -146,12 +146,12 @@ def test_the_tensors_come_back_from_the_disk_with_their_bits(data, tmp_path):
         features = torch.randn(shape, dtype=torch.float64).to(dtype)
         for made_by in ("one", "other"):
             cache = ImageCache(tmp_path / "cache")
-            kept = FeatureCache(data, Transform(image_size=32), shape, dtype, made_by, cache=cache)
+            kept = FeatureCache(data, Transform(image_size=32), FeatureSpec(shape, dtype, made_by), cache)
             if made_by == "one":
                 kept.put(2, 0, features)
                 cache.close()
                 cache = ImageCache(tmp_path / "cache")
-                kept = FeatureCache(data, Transform(image_size=32), shape, dtype, made_by, cache=cache)
+                kept = FeatureCache(data, Transform(image_size=32), FeatureSpec(shape, dtype, made_by), cache)
                 assert same_bits(kept.get(2, 0), features)
             assert kept.get(3, 0) is None and kept.get(2, 1) is None
             if made_by == "other":

@@ -13,6 +13,7 @@ from clip_finetune.engine.bench.work import most_allocated
 from clip_finetune.engine.data.loader import Batch
 from clip_finetune.engine.openai import END, START
 from clip_finetune.engine.train import memory
+from clip_finetune.engine.train.freezing import LayersConfig
 from clip_finetune.engine.train.memory import activations_of, fitting_micro_batch, forecast, optimizer_bytes
 from clip_finetune.engine.train.step import TrainingStep
 
@@ -34,7 +35,7 @@ LENGTH = 41
 
 
 def work_of(model, pairs, precision="fp32", **settings):
-    config = TrainConfig(batch_size=pairs, **settings)
+    config = TrainConfig.from_flat(batch_size=pairs, **settings)
     return TrainingStep(model, config, device=CPU, precision=precision, batch_size=pairs, total_steps=10)
 
 
@@ -85,11 +86,11 @@ def test_the_optimizer_and_the_weights_take_what_was_foreseen(optimizer, precisi
 
 def test_what_a_pair_keeps_for_backward_in_a_vit_l_14():
     """By the formula of the module: 23 blocks of 16 and one of 4 residual streams, and what comes before."""
-    vision, text = activations_of(VIT_L_14, TrainConfig(), 4, 77)
+    vision, text = activations_of(VIT_L_14, LayersConfig(), 4, 77, checkpointed=False)
     stream = 257 * 1024
     assert vision.kept == 4 * ((23 * 16 + 4 + 1) * stream + 3 * 224**2)
     assert text.kept == 4 * (11 * 16 + 4) * 77 * 768
-    less, _ = activations_of(VIT_L_14, TrainConfig(activation_checkpointing=True), 2, 77)
+    less, _ = activations_of(VIT_L_14, LayersConfig(), 2, 77, checkpointed=True)
     assert less.kept == 2 * (25 * stream + 3 * 224**2)
 
 
@@ -132,7 +133,7 @@ def test_a_process_may_have_a_part_of_a_graphics_card(monkeypatch):
 
 def test_what_a_training_takes_is_told_and_kept(tmp_path):
     data = load_dataset(labels_folder(tmp_path / "colours", 12))
-    config, folder = TrainConfig(epochs=1, batch_size=4), tmp_path / "run"
+    config, folder = TrainConfig.from_flat(epochs=1, batch_size=4), tmp_path / "run"
     result = train(random_clip(), data, None, config, run_folder=folder, device="cpu")
     assert any(note.startswith("The training takes about 0.") and "GB of memory" in note for note in result.notes)
     assert '"memory_forecast_bytes"' in (folder / "config.json").read_text()
@@ -142,4 +143,4 @@ def test_a_device_that_is_too_small_is_told_before_the_first_step(tmp_path, monk
     data = load_dataset(labels_folder(tmp_path / "colours", 12))
     monkeypatch.setattr(memory, "total_bytes", lambda device: 10**6)
     with pytest.raises(UserError, match="micro_batch 1, and the device has 0.0 GB; set towers to text, or set opti"):
-        train(random_clip(), data, None, TrainConfig(batch_size=4), run_folder=tmp_path / "run", device="cpu")
+        train(random_clip(), data, None, TrainConfig.from_flat(batch_size=4), run_folder=tmp_path / "run", device="cpu")

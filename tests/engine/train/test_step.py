@@ -57,14 +57,16 @@ def batch_of(pairs):
 )
 def test_a_step_waits_for_nothing(gmp, precision, settings, monkeypatch):
     model = to_gmp(random_clip()) if gmp else random_clip()
-    config = TrainConfig(batch_size=6, **settings)
+    config = TrainConfig.from_flat(batch_size=6, **settings)
     step = TrainingStep(model, config, device=torch.device("cpu"), precision=precision, batch_size=6, total_steps=9)
     step(batch_of(6), 0)
     monkeypatch.setattr(step_module, "cut_to_longest", lambda tokens, multiple: tokens[:, :9])  # they are on the host
     with Watch() as watch:
         for done in range(1, 9):
             outcome = step(batch_of(6), done)
-    clipped = 8 if config.max_grad_norm else 0  # clipping asks once where the device is the host, and only there
+    clipped = (
+        8 if config.optimizer.max_grad_norm else 0
+    )  # clipping asks once where the device is the host, and only there
     assert watch.count > 1000 and watch.waited == ["_local_scalar_dense"] * clipped
     assert outcome.finite
 

@@ -42,7 +42,7 @@ def run(
         hooks["check_cancelled"] = check
     if progress:
         hooks["on_progress"] = progress
-    config = TrainConfig(**(QUICK | changes))
+    config = TrainConfig.from_flat(**(QUICK | changes))
     return train(model, data, validation, config, run_folder=folder, device=device, on_existing=on_existing, **hooks)
 
 
@@ -222,7 +222,7 @@ def test_a_stopped_run_says_that_its_state_is_saved(model, data, tmp_path):
             model,
             data,
             None,
-            TrainConfig(**QUICK),
+            TrainConfig.from_flat(**QUICK),
             run_folder=tmp_path / "run",
             device="cpu",
             on_note=told.append,

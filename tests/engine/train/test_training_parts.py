@@ -13,6 +13,7 @@ from clip_finetune.engine.train.grad_cache import Side, batch_gradients
 from clip_finetune.engine.train.losses import InfoNCE
 from clip_finetune.engine.train.neuron_scaling import parse_neurons, scale_neurons
 from clip_finetune.engine.train.optim.factory import (
+    OptimizerConfig,
     build_optimizer,
     group_table,
     parameter_groups,
@@ -121,7 +122,7 @@ def trainable(network):
 def test_every_trainable_parameter_is_in_exactly_one_group(gmp):
     network = build_network(to_gmp(random_clip()) if gmp else random_clip())
     network.visual.ln_post.requires_grad_(False)
-    groups = parameter_groups(trainable(network), TINY, TrainConfig())
+    groups = parameter_groups(trainable(network), TINY, OptimizerConfig())
     found = [id(parameter) for group in groups for parameter in group["params"]]
     wanted = [id(parameter) for parameter in network.parameters() if parameter.requires_grad]
     assert sorted(found) == sorted(wanted)
@@ -131,7 +132,7 @@ def test_weight_decay_skips_embeddings_norms_biases_gmp_and_logit_scale():
     network = build_network(to_gmp(random_clip()))
     decayed = {
         name
-        for group in parameter_groups(trainable(network), TINY, TrainConfig())
+        for group in parameter_groups(trainable(network), TINY, OptimizerConfig())
         if group["weight_decay"]
         for name in group["names"]
     }
@@ -146,8 +147,8 @@ def test_decay_is_decoupled(optimizer):
     """Without a gradient a decayed weight shrinks by 1 − rate · decay, and nothing else moves."""
     network = build_network(random_clip())
     before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
-    config = TrainConfig(optimizer=optimizer, learning_rate=0.1, weight_decay=0.5)
-    built = build_optimizer(config, parameter_groups(trainable(network), TINY, config))
+    config = OptimizerConfig(optimizer=optimizer, weight_decay=0.5)
+    built = build_optimizer(config, 0.1, parameter_groups(trainable(network), TINY, config))
     rates = set_learning_rates(built, 0.1, 0.5)
     assert set(rates.values()) == {0.05} and {"text.attention", "vision.mlp", "logit_scale"} <= set(rates)
     for parameter in network.parameters():
@@ -160,7 +161,7 @@ def test_decay_is_decoupled(optimizer):
 
 
 def groups_of(network, **settings):
-    return {group["name"]: group for group in parameter_groups(trainable(network), TINY, TrainConfig(**settings))}
+    return {group["name"]: group for group in parameter_groups(trainable(network), TINY, OptimizerConfig(**settings))}
 
 
 def test_groups_are_by_tower_and_kind():
@@ -195,8 +196,8 @@ def test_with_layer_decay_each_layer_learns_slower_than_the_one_above():
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
 def test_a_schedule_keeps_the_ratios_of_the_groups_and_the_betas(schedule):
     network = build_network(random_clip())
-    config = TrainConfig(lr_multipliers="vision=0.5", learning_rate=0.3)
-    optimizer = build_optimizer(config, parameter_groups(trainable(network), TINY, config))
+    config = OptimizerConfig(lr_multipliers="vision=0.5")
+    optimizer = build_optimizer(config, 0.3, parameter_groups(trainable(network), TINY, config))
     betas = [group["betas"] for group in optimizer.param_groups]
     for step in range(10):
         rates = set_learning_rates(optimizer, 0.3, SCHEDULES[schedule](step, 10, 0.3, 0.01))
@@ -268,11 +269,11 @@ def test_adabelief_is_the_librarys_to_the_last_bit(dtype, guarded, capsys):
 @pytest.mark.parametrize("steps", [2, 9])
 def test_a_braked_step_changes_nothing(name, steps):
     """Before and after the switch of AdaBelief's rectification; the step after it is as if it had never been."""
-    config = TrainConfig(optimizer=name, learning_rate=1e-2)
+    config = OptimizerConfig(optimizer=name)
 
     def trained(braked):
         parameters = random_parameters(torch.float32)
-        optimizer = build_optimizer(config, belief_groups(parameters))
+        optimizer = build_optimizer(config, 1e-2, belief_groups(parameters))
         optimizer.found_inf = torch.zeros(())
         for step in range(steps + 1):
             if step == steps and braked:
@@ -301,7 +302,7 @@ def metered():
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
-    return network, GradientMeter(parameter_groups(trainable(network), TINY, TrainConfig()), TINY)
+    return network, GradientMeter(parameter_groups(trainable(network), TINY, OptimizerConfig()), TINY)
 
 
 def test_norms_are_torchs_by_group_and_layer():
@@ -381,7 +382,7 @@ def test_units_that_are_not_there_are_told(text, words):
 @pytest.mark.parametrize(
     "values, words",
     [
-        (dict(batch_size=1), "two pairs at least"),
+        (dict(batch_size=1), "at least two pairs"),
         (dict(epochs=0), "epochs is 0"),
         (dict(learning_rate=math.nan), "learning_rate is nan"),
         (dict(towers="left"), "both or text or vision"),
@@ -390,13 +391,13 @@ def test_units_that_are_not_there_are_told(text, words):
 )
 def test_a_value_out_of_range_is_told(values, words):
     with pytest.raises(UserError, match=words):
-        TrainConfig(**values)
+        TrainConfig.from_flat(**values)
 
 
 def test_the_default_preset_holds_the_defaults_and_all_presets_set_the_same_fields():
     for presets in (PRESETS, GMP_PRESETS):
         default = presets[DEFAULT_PRESET].values
-        assert all(getattr(TrainConfig(), name) == value for name, value in default.items())
+        assert default.items() <= TrainConfig().flat().items()
         for preset in presets.values():
             assert preset.values.keys() == default.keys()
-            TrainConfig(**preset.values)
+            TrainConfig.from_flat(**preset.values)
