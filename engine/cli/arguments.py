@@ -97,14 +97,6 @@ def open_dataset(arguments: argparse.Namespace, path: str) -> ClipDataset:
     )
 
 
-def require_safetensors(path: str) -> None:
-    """Check the output path before a model is opened, or even downloaded, for nothing."""
-    if not path.endswith(".safetensors"):
-        raise UserError(f"{path} must end in .safetensors.")
-    if os.path.isdir(path):
-        raise UserError(f"{path} is a folder; give the name of a file.")
-
-
 def require_writable(path: str, *others: str | None) -> None:
     """Check an output path before anything is measured for nothing.
 

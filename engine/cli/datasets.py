@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..data.dataset import ClipDataset
-from ..data.readers.registry import WRITABLE_FORMATS
+from ..data.readers.registry import CAPTION_FORMATS, WRITERS
 from ..data.tools.prepare import Preparation
 from ..settings import setting_infos
 from .arguments import DEVICE_HELP, Commands, add_caption_flags, add_setting_flags, given_settings, open_dataset
@@ -20,9 +20,9 @@ def add_commands(commands: Commands) -> None:
     convert.add_argument(
         "--to",
         required=True,
-        choices=WRITABLE_FORMATS,
+        choices=list(WRITERS),
         metavar="FORMAT",
-        help=" ".join(f"{name}: {record.help}." for name, record in WRITABLE_FORMATS.items()),
+        help=" ".join(f"{format.name}: {format.help}." for format in CAPTION_FORMATS if format.writer),
     )
     convert.add_argument(
         "output",

@@ -9,8 +9,53 @@ from typing import Any
 
 from ..data.dataset import ClipDataset
 from ..errors import UserError
-from .commands import open_data, open_model, require_writable
-from .terminal import print_notes, say
+from .arguments import Commands, add_caption_flags, add_context_length, open_dataset, open_model, require_writable
+from .terminal import print_line, print_notes
+
+
+def add_commands(commands: Commands) -> None:
+    parser = commands.add(
+        "eval",
+        run_eval,
+        "Measure models: zero-shot accuracy where there are labels, retrieval where there are captions.",
+    )
+    add_context_length(parser)
+    parser.add_argument("--model", action="append", default=[], metavar="M", help="can be given several times")
+    parser.add_argument("--baseline", metavar="M", help="the model to compare with")
+    parser.add_argument("--data", metavar="DIR", help="a labelled or captioned dataset")
+    add_caption_flags(parser)
+    parser.add_argument(
+        "--templates",
+        choices=("openai-80", "simple", "none"),
+        help="sentences that a class name is put into (default: openai-80; simple for words written on images)",
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=("whole set", "published"),
+        default="whole set",
+        help="published: also the share of images that find their label among the 48 of a shuffled batch, which was "
+        "published as the accuracy of fine-tunes and is not one",
+    )
+    parser.add_argument(
+        "--typographic",
+        action="store_true",
+        help="also draw wrong words onto the images; in a folder such as SCAM's, use the words that are on them",
+    )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="with --baseline: also judge whether the model is sound, by its embeddings, its weights and what image "
+        "models read from it",
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers to FILE")
+    parser.add_argument("--html", metavar="FILE", help="also write a page with tables and charts to FILE")
+    parser.add_argument(
+        "--selfcheck",
+        action="store_true",
+        help="instead of --data: does OpenAI's ViT-L/14, or --model, reach its published figures on these sets?",
+    )
+    parser.add_argument("--imagenet", metavar="DIR", help="the validation images, in a subfolder for each class")
+    parser.add_argument("--coco", metavar="DIR", help="COCO's images, with Karpathy's dataset_coco.json")
 
 
 def run_eval(arguments: argparse.Namespace) -> int:
@@ -31,14 +76,14 @@ def run_eval(arguments: argparse.Namespace) -> int:
     for path, other in ((arguments.json, arguments.html), (arguments.html, arguments.json)):
         if path:
             require_writable(path, other, *read)
-    dataset = _load_attacks(arguments) or open_data(arguments, arguments.data)
+    dataset = _load_attacks(arguments) or open_dataset(arguments, arguments.data)
     if arguments.compare:
         _check_comparable(arguments, dataset)
     models = [("model", file) for file in arguments.model]
     if arguments.baseline:
         models.append(("baseline", arguments.baseline))
     notes, features, attacks = _Told(), EncodingCache(), {}
-    with contextlib.closing(ImageCache(user_cache_folder(), say=say)) as cache:
+    with contextlib.closing(ImageCache(user_cache_folder(), say=print_line)) as cache:
         results = evaluate(
             models,
             dataset,
@@ -52,7 +97,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
             on_note=notes.say,
             on_attack=attacks.setdefault,
         )
-        say(f"{dataset.name}: {len(dataset)} pictures ({dataset.reason})")
+        print_line(f"{dataset.name}: {len(dataset)} pictures ({dataset.reason})")
         for note in dataset.notes:
             notes.say(note)
         compared = _compare(arguments, dataset, cache, features, notes) if arguments.compare else {}
@@ -137,7 +182,7 @@ def _write_page(arguments: argparse.Namespace, dataset: ClipDataset, results, at
         notes=notes,
         pictures=sample_images(dataset, 12, side=256),
     )
-    say(f"The page is {write_text(arguments.html, page)}.")
+    print_line(f"The page is {write_text(arguments.html, page)}.")
 
 
 class _Told(list):
@@ -146,7 +191,7 @@ class _Told(list):
     def say(self, note: str) -> None:
         if note not in self:
             self.append(note)
-            say(note)
+            print_line(note)
 
 
 def _load_attacks(arguments: argparse.Namespace) -> ClipDataset | None:
@@ -183,8 +228,8 @@ def _selfcheck(arguments: argparse.Namespace) -> int:
     source = (*arguments.model, os.environ.get("CLIP_WEIGHTS") or "ViT-L-14/openai")[0]
     model = open_model(arguments, source)
     print_notes(model.notes)
-    with contextlib.closing(ImageCache(user_cache_folder(), say=say)) as cache:
-        found = selfcheck(model, **sets, cache=cache, on_note=say)
+    with contextlib.closing(ImageCache(user_cache_folder(), say=print_line)) as cache:
+        found = selfcheck(model, **sets, cache=cache, on_note=print_line)
     print_notes(found.notes)
     if arguments.json:
         write_json(arguments.json, found.as_dict())

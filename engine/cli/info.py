@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..clip.architecture import is_assumption
-from ..clip.full_clip import kind_of, load_full_clip
 from ..clip.health import BROKEN_MERGE, describe_text_encoder, not_numbers
+from ..clip.load import find_model_source, kind_of, load_full_clip, model_in_folder
 from ..clip.names import text_encoders_in
-from ..clip.sources import find_model_source, holds_a_model
-from ..clip.tensor_files import INDEX_SUFFIX, Contents, read_contents
+from ..clip.tensor_files import INDEX_SUFFIX, FileContents, read_contents
 from ..data.dataset import ClipDataset
 from ..data.load import load_dataset
 from ..errors import UserError, one_line
@@ -60,14 +59,14 @@ def describe(path: str | os.PathLike, activation: str = "auto") -> dict[str, Any
 def _is_model(path: Path) -> bool:
     if os.path.isfile(path):
         return path.name.endswith(INDEX_SUFFIX) or path.suffix.lower() not in _DATASET_SUFFIXES
-    return not os.path.exists(path) or holds_a_model(path)
+    return not os.path.exists(path) or model_in_folder(path) is not None
 
 
 def _describe_model(path: str | os.PathLike, activation: str) -> dict[str, Any]:
     """Describe a model file; if it is not a full CLIP, as far as it is understood."""
     if os.path.exists(path):
         contents = read_contents(find_model_source(path).path)
-        kind = kind_of(contents.tensors)
+        kind = kind_of(contents.tensors).name
         if kind == "unknown":
             raise UserError(
                 f"{path} is not a CLIP: it has neither a text tower nor a vision tower; choose another file."
@@ -90,7 +89,7 @@ def _describe_model(path: str | os.PathLike, activation: str) -> dict[str, Any]:
     }
 
 
-def _describe_part(path: str | os.PathLike, kind: str, contents: Contents) -> dict[str, Any]:
+def _describe_part(path: str | os.PathLike, kind: str, contents: FileContents) -> dict[str, Any]:
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in contents.tensors.values()})
     facts = {
         "kind": kind,
@@ -184,19 +183,21 @@ def as_text(facts: Mapping[str, Any]) -> str:
     """Return the facts for a reader: a line each, settings and groups as tables, long lists cut."""
     lines: list[str] = []
     for key, value in facts.items():
-        name = key.replace("_", " ")
+        title = key.replace("_", " ")
         if key == "settings" and isinstance(value, Mapping):
-            rows = [{"setting": setting} | dict(entry) for setting, entry in value.items() if isinstance(entry, Mapping)]
+            rows = [
+                {"setting": setting} | dict(entry) for setting, entry in value.items() if isinstance(entry, Mapping)
+            ]
             lines += ["settings:", *_indented(table(rows))]
         elif key == "groups" and value:
             lines += ["groups:", *_indented(table(value))]
         elif isinstance(value, Mapping):
-            lines += _mapping_lines(name, value)
+            lines += _mapping_lines(title, value)
         elif isinstance(value, list):
-            lines += [f"{name}: {len(value)}", *(f"  {_item_text(item)}" for item in value[:_MOST_ITEMS])]
+            lines += [f"{title}: {len(value)}", *(f"  {_item_text(item)}" for item in value[:_MOST_ITEMS])]
             lines += [f"  … and {len(value) - _MOST_ITEMS} more"] if len(value) > _MOST_ITEMS else []
         else:
-            lines.append(f"{name}: {value}")
+            lines.append(f"{title}: {value}")
     return "\n".join(lines)
 
 
