@@ -43,8 +43,8 @@ def run_info(arguments: argparse.Namespace) -> None:
 def describe(path: str | os.PathLike, activation: str = "auto") -> dict[str, Any]:
     """Return the facts of `info --json`.
 
-    `kind` is full_clip, text_encoder, vision_encoder, checkpoint, lora, training_state, run or dataset. Every image of a
-    dataset is decoded to find the broken ones. Raises `UserError` for what cannot be read.
+    `kind` is full_clip, text_encoder, vision_encoder, checkpoint, lora, training_state, run or dataset. To find broken
+    images, every image of a dataset is decoded. Raises `UserError` for what cannot be read.
     """
     target = Path(path)
     if not os.path.exists(target) and "/" not in str(path):
