@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ...errors import UserError
+from .image_files import image_formats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,19 +101,11 @@ def _from_top(folder: str, top: Path) -> str:
 
 @functools.cache
 def image_suffixes() -> frozenset[str]:
-    """Extensions, in lower case, of the formats that Pillow opens."""
-    from PIL import Image, ImageFile
+    """Extensions, in lower case, of the formats in `image_formats`."""
+    from PIL import Image
 
-    registered = Image.registered_extensions()
-    # Pillow knows these by name only: it cannot decode them.
-    stubs = {kind for kind, (opener, _) in Image.OPEN.items() if _derives(opener, ImageFile.StubImageFile)} | {"MPEG"}
-    # Read by starting another program, Ghostscript; nothing that lies in a data set is ever run.
-    stubs.add("EPS")
-    return frozenset(suffix for suffix, kind in registered.items() if kind in Image.OPEN and kind not in stubs)
-
-
-def _derives(opener: object, base: type) -> bool:
-    return isinstance(opener, type) and issubclass(opener, base)
+    formats = image_formats()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
 def is_image(name: str) -> bool:
