@@ -106,14 +106,14 @@ def _derives(opener: object, base: type) -> bool:
     return isinstance(opener, type) and issubclass(opener, base)
 
 
-def open_image(place: str | os.PathLike | BinaryIO):
+def open_image(path: str | os.PathLike | BinaryIO):
     """Open an image with Pillow, which decodes it later: the only call of `Image.open`, limited to `image_formats`.
 
     Raises `BrokenImage` and what Pillow raises, `UnidentifiedImageError` for any other format among it.
     """
     from PIL import Image
 
-    return Image.open(opener_of(place), formats=image_formats())
+    return Image.open(opener_of(path), formats=image_formats())
 
 
 def suffix_of(place: str | os.PathLike) -> str:

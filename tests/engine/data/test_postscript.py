@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 from clips import random_clip
-from pictures import class_folder, labels_folder
+from image_folders import class_folder, labels_folder
 from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 
+import clip_finetune
 from clip_finetune.engine import cli, load_dataset, save_full_clip
-from clip_finetune.engine.data.images import decode, decode_plain_jpeg, load_image
-from clip_finetune.engine.data.inspection import inspect_dataset, sample_pictures
-from clip_finetune.engine.data.picture_files import BrokenImage, image_formats, open_image
-from clip_finetune.engine.data.preparation import Preparation, prepare_images
-from clip_finetune.engine.data.transform import Transform
+from clip_finetune.engine.data.images.decoding import decode, decode_plain_jpeg
+from clip_finetune.engine.data.images.image_files import BrokenImage, image_formats, open_image
+from clip_finetune.engine.data.images.transforms import Transform
+from clip_finetune.engine.data.tools.inspect import inspect_dataset, sample_images
+from clip_finetune.engine.data.tools.prepare import Preparation, prepare_images
 
 POSTSCRIPT = b"""%!PS-Adobe-3.0 EPSF-3.0
 %%BoundingBox: 0 0 32 32
@@ -66,11 +67,11 @@ def test_no_function_that_opens_images_starts_a_program(mark, tmp_path, content)
     file.write_bytes(content)
     with pytest.raises(UnidentifiedImageError):
         open_image(file)
-    for read in (decode, lambda path: load_image(path, 32), lambda path: Transform(image_size=32).load(path)):
+    for read in (decode, lambda path: Transform(image_size=32).load(path)):
         with pytest.raises(BrokenImage, match="not a picture that Pillow can open"):
             read(file)
     with pytest.raises(BrokenImage):
-        Transform(image_size=32, resize="fast").load(file)
+        Transform(image_size=32, resize_backend="fast").load(file)
     assert decode_plain_jpeg(file) is None
     assert not mark.exists()
 
@@ -83,7 +84,7 @@ def test_formats_that_run_programs_or_are_no_images_are_not_opened():
 
 
 def test_pillow_opens_files_in_one_place_only():
-    root = Path(cli.__file__).resolve().parents[1]
+    root = Path(clip_finetune.__file__).parent
     calls = [
         f"{file.relative_to(root).as_posix()}: {line.strip()}"
         for folder in ("engine", "nodes")
@@ -91,7 +92,7 @@ def test_pillow_opens_files_in_one_place_only():
         for line in file.read_text(encoding="utf-8").splitlines()
         if re.search(r"Image\.open\(|read_image\(|decode_image\(|imread\(", line)
     ]
-    assert calls == ["engine/data/picture_files.py: return Image.open(opener_of(place), formats=image_formats())"]
+    assert calls == ["engine/data/images/image_files.py: return Image.open(opener_of(path), formats=image_formats())"]
 
 
 @pytest.fixture
@@ -114,8 +115,8 @@ def folders(tmp_path, monkeypatch):
 COMMANDS = [
     "info colours", "info classes",
     "train --model model.safetensors --data colours --validation colours --batch-size 4 --epochs 1 --out run",
-    "train --model model.safetensors --data colours --batch-size 4 --epochs 1 --resize fast --out fast",
-    "train --model model.safetensors --data colours --batch-size 4 --epochs 1 --square random --flip --out varied",
+    "train --model model.safetensors --data colours --batch-size 4 --epochs 1 --resize-backend fast --out fast",
+    "train --model model.safetensors --data colours --batch-size 4 --epochs 1 --resize-mode random_crop --horizontal-flip --out varied",
     "eval --model model.safetensors --data colours", "eval --model model.safetensors --data classes --typographic",
     "eval --model model.safetensors --data attacks --typographic",
     "eval --model model.safetensors --baseline model.safetensors --data colours --compare --html page.html",
@@ -134,7 +135,7 @@ def test_inspecting_and_cutting_out_objects_start_no_program(mark, folders, tmp_
     data = load_dataset("colours")
     found = inspect_dataset(data)
     assert [item.file for item in found.broken] == ["005.png"]
-    sample_pictures(data, 24)
+    sample_images(data, 24)
     prepare_images(data, tmp_path / "objects", Preparation(crop="objects"), detector=lambda picture: [])
     assert not mark.exists()
 
