@@ -110,7 +110,7 @@ def from_the_cache(folder: Path) -> None:
         picture.save(place / f"{index:05}.jpg", quality=80)
         labels[f"{index:05}.jpg"] = f"a picture with the number {index}"
     (place / "labels.json").write_text(json.dumps(labels))
-    cache = ImageCache(folder / "cache", say=print)
+    cache = ImageCache(folder / "cache", on_note=print)
     loader = _loader(load_dataset(place), batch_size=batch, cache=cache)
     batches, steps = loader.iterate(), count // batch
     spent = []

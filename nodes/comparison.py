@@ -183,7 +183,7 @@ class BlendSweep(io.ComfyNode):
 def _measuring(cls):
     """(a display, what engine functions want of the host), while ComfyUI's own models are off the device."""
     display = host.Display(cls.hidden.unique_id)
-    cache = ImageCache(host.image_cache_folder(), say=display.say)
+    cache = ImageCache(host.image_cache_folder(), on_note=display.say)
     with host.whole_device(), contextlib.closing(cache):
         yield (
             display,

@@ -47,7 +47,7 @@ def measure(cls, evaluate, full_clip, baseline):
     """{"model": result} and, where there is one, {"baseline": result}, with progress and notes shown."""
     display = host.Display(cls.hidden.unique_id)
     results = {}
-    cache = ImageCache(host.image_cache_folder(), say=display.say)
+    cache = ImageCache(host.image_cache_folder(), on_note=display.say)
     with host.whole_device(), contextlib.closing(cache):
         for name, model in (("baseline", baseline), ("model", full_clip)):
             if model is not None:

@@ -38,7 +38,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
     if arguments.baseline:
         models.append(("baseline", arguments.baseline))
     notes, features, attacks = _Told(), EncodingCache(), {}
-    with contextlib.closing(ImageCache(user_cache_folder(), say=say)) as cache:
+    with contextlib.closing(ImageCache(user_cache_folder(), on_note=say)) as cache:
         results = evaluate(
             models,
             dataset,
@@ -183,7 +183,7 @@ def _selfcheck(arguments: argparse.Namespace) -> int:
     source = (*arguments.model, os.environ.get("CLIP_WEIGHTS") or "ViT-L-14/openai")[0]
     model = open_model(arguments, source)
     print_notes(model.notes)
-    with contextlib.closing(ImageCache(user_cache_folder(), say=say)) as cache:
+    with contextlib.closing(ImageCache(user_cache_folder(), on_note=say)) as cache:
         found = selfcheck(model, **sets, cache=cache, on_note=say)
     print_notes(found.notes)
     if arguments.json:

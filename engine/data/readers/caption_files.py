@@ -145,7 +145,7 @@ def read_coco_files(source: Source) -> Reading | str:
     """COCO's captions lie in the folder `annotations` beside the folders of the pictures, which may be opened alone."""
     reading, top = read_files("coco", source), source.tree.top
     file = coco_file_beside(top)
-    if isinstance(reading, Reading) or not os.path.isfile(file) or not source.tree.pictures:
+    if isinstance(reading, Reading) or not os.path.isfile(file) or not source.tree.images:
         return reading
     found = json_files.read_coco(file)
     if isinstance(found, str):

@@ -29,7 +29,7 @@ def read_sidecars(tree: Tree) -> Reading | str:
     fields for captions, as img2dataset and SPRIGHT have them."""
     beside = _beside(tree)
     names, captions, unread = [], [], []
-    for folder, name in tree.pictures:
+    for folder, name in tree.images:
         lines: list[str] = []
         for file in beside.get(os.path.join(folder, os.path.splitext(name)[0]), ()):
             try:
@@ -46,7 +46,7 @@ def read_sidecars(tree: Tree) -> Reading | str:
         names=names,
         captions=captions,
         origins=[str(tree.top)] * len(names),
-        repeats=_repeats([folder for (folder, _), text in zip(tree.pictures, captions, strict=True) if text], tree),
+        repeats=_repeats([folder for (folder, _), text in zip(tree.images, captions, strict=True) if text], tree),
         notes=[_unread_note(unread)] if unread else [],
     )
 
@@ -104,12 +104,12 @@ def _repeats(captioned: Iterable[str], tree: Tree) -> list[int] | None:
     times = {folder: _REPEATS.fullmatch(folder.rpartition("/")[2]) for folder in set(captioned)}
     if not all(times.values()):
         return None
-    return [int(found[1]) if (found := times.get(folder)) else 1 for folder, _ in tree.pictures]
+    return [int(found[1]) if (found := times.get(folder)) else 1 for folder, _ in tree.images]
 
 
 def read_class_folders(tree: Tree) -> Reading | str:
     """Each subfolder is a class of the pictures in it."""
-    folders = list(dict.fromkeys(folder for folder, _ in tree.pictures))
+    folders = list(dict.fromkeys(folder for folder, _ in tree.images))
     depths = {folder.count("/") + 1 if folder else 0 for folder in folders}
     tops = list(dict.fromkeys(folder.split("/")[0] for folder in folders))
     if depths == {2} or (depths == {1} and all(top.lower().rstrip("0123456789") in _PARTS for top in tops)):
@@ -119,8 +119,8 @@ def read_class_folders(tree: Tree) -> Reading | str:
     return Reading(
         format="folders",
         reason="each subfolder is a class of pictures",
-        names=[joined(folder, name) for folder, name in tree.pictures],
-        captions=[""] * len(tree.pictures),
-        classes=[folder.replace("_", " ") for folder, _ in tree.pictures],
-        origins=[str(tree.top)] * len(tree.pictures),
+        names=[joined(folder, name) for folder, name in tree.images],
+        captions=[""] * len(tree.images),
+        classes=[folder.replace("_", " ") for folder, _ in tree.images],
+        origins=[str(tree.top)] * len(tree.images),
     )

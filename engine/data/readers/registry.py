@@ -111,14 +111,14 @@ def _closed(tree: Tree) -> list[str]:
 
 def _nothing_read(tree: Tree, refusals: dict[str, str]) -> str:
     reasons = list(dict.fromkeys(why for why in refusals.values() if why))
-    if not tree.pictures:
+    if not tree.images:
         found = f" ({reasons[0]})" if reasons else ""
         return f"{tree.top} holds no pictures{found}; choose the folder that your captioned pictures are in."
     if len(refusals) == 1:
         ((kind, why),) = refusals.items()
         return f"{tree.top} cannot be read as {kind}{': ' if why else ''}{why}; choose auto, or another folder."
     found = f" ({'; '.join(reasons)})" if reasons else ""
-    return f"{tree.top} holds {len(tree.pictures)} pictures but no captions for them{found}: give {_HOW}."
+    return f"{tree.top} holds {len(tree.images)} pictures but no captions for them{found}: give {_HOW}."
 
 
 # In the order in which they are tried.

@@ -286,7 +286,7 @@ def _unnamed(dataset: ClipDataset) -> list[str]:
     own = sorted({os.path.dirname(path) for path in used})
     used.update(str(part.path(index)) for part in dataset.other_parts for index in range(len(part)))
     if whole:
-        paths = [os.path.join(dataset.folder, folder, name) for folder, name in Tree.of(dataset.folder).pictures]
+        paths = [os.path.join(dataset.folder, folder, name) for folder, name in Tree.of(dataset.folder).images]
     else:
         paths = [os.path.join(folder, name) for folder in own for name in _images_in(folder)]
     return [os.path.relpath(path, dataset.folder).replace(os.sep, "/") for path in paths if path not in used]

@@ -10,14 +10,14 @@ import shutil
 
 import pytest
 import torch
-from image_folders import class_folder, labels_folder
+from image_folders import class_folder, labels_folder, load_image
 from PIL import Image
 
 from clip_finetune.engine import ClipDataset, UserError, load_dataset, split_dataset
 from clip_finetune.engine.cli.info import describe_dataset
 from clip_finetune.engine.data import dataset as dataset_module
 from clip_finetune.engine.data import fingerprint
-from clip_finetune.engine.data.images.decoding import BrokenImage, load_image, normalize
+from clip_finetune.engine.data.images.decoding import BrokenImage, normalize
 from clip_finetune.engine.data.images.folder_tree import image_suffixes
 from clip_finetune.engine.data.images.transforms import Transform
 from clip_finetune.engine.data.loader import LoaderOptions, TrainLoader

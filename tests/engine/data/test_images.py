@@ -14,13 +14,13 @@ import numpy
 import pytest
 import torch
 from clips import random_clip
-from image_folders import class_folder, labels_folder
+from image_folders import class_folder, labels_folder, load_image
 from PIL import Image, features
 
 from clip_finetune.engine import TrainConfig, UserError, eval_retrieval, load_dataset, load_full_clip, train
 from clip_finetune.engine.data import loader as loader_module
 from clip_finetune.engine.data.decoded_images import DecodedImages
-from clip_finetune.engine.data.images.decoding import BrokenImage, decode, decode_plain_jpeg, load_image
+from clip_finetune.engine.data.images.decoding import BrokenImage, decode, decode_plain_jpeg
 from clip_finetune.engine.data.images.image_cache import ImageCache
 from clip_finetune.engine.data.images.transforms import Transform
 from clip_finetune.engine.data.loader import LoaderOptions, TrainLoader
@@ -185,16 +185,16 @@ def test_chance_decides_everything_random_and_nothing_else_does(tmp_path, resize
     )
 
 
-def test_a_random_part_has_the_least_share_that_was_asked_for():
-    from clip_finetune.engine.data.images.transforms import _random_part
+def test_a_random_box_has_the_least_share_that_was_asked_for():
+    from clip_finetune.engine.data.images.transforms import _random_box
 
     chance = random.Random(0)
     for share in (0.2, 0.5, 0.9):
-        parts = [_random_part(300, 240, share, chance) for _ in range(500)]
+        parts = [_random_box(300, 240, share, chance) for _ in range(500)]
         shares = [width * height / (300 * 240) for _, _, width, height in parts]
         assert min(shares) > share * 0.98 and max(shares) <= 1 and len(set(parts)) > 100
         assert all(left + width <= 300 and top + height <= 240 for left, top, width, height in parts)
-    assert _random_part(1000, 10, 1.0, chance) == (493, 0, 13, 10)
+    assert _random_box(1000, 10, 1.0, chance) == (493, 0, 13, 10)
 
 
 def test_half_of_the_pictures_are_mirrored_and_only_if_asked(data):
@@ -407,7 +407,7 @@ def test_a_full_disk_ends_the_keeping_and_not_the_run(data, tmp_path, small_disk
         keys = fill(cache, tmp_path, range(60))
         kept = [number for number, key in keys.items() if cache.get(key) is not None]
         assert 5 < len(kept) < 40 and kept == list(range(len(kept)))
-        assert len(said) == 1 and "cannot be kept" in said[0] and "No space left" in said[0]
+        assert len(said) == 1 and "cannot be cached" in said[0] and "No space left" in said[0]
     result = run(data, tmp_path / "run", cache=disk)
     assert identical(result, run(data, tmp_path / "without"))
 
@@ -416,7 +416,7 @@ def test_a_full_disk_ends_the_keeping_and_not_the_run(data, tmp_path, small_disk
 def test_a_cache_that_cannot_be_written_is_told_and_the_run_goes_on(data, tmp_path):
     (tmp_path / "file").write_text("in the way")
     result = run(data, tmp_path / "run", cache=tmp_path / "file")
-    assert sum("Decoded pictures cannot be kept" in note for note in result.notes) == 1
+    assert sum("Decoded images cannot be cached" in note for note in result.notes) == 1
     assert identical(result, run(data, tmp_path / "without"))
 
 

@@ -68,7 +68,7 @@ def test_no_function_that_opens_images_starts_a_program(mark, tmp_path, content)
     with pytest.raises(UnidentifiedImageError):
         open_image(file)
     for read in (decode, lambda path: Transform(image_size=32).load(path)):
-        with pytest.raises(BrokenImage, match="not a picture that Pillow can open"):
+        with pytest.raises(BrokenImage, match="not an image that Pillow can open"):
             read(file)
     with pytest.raises(BrokenImage):
         Transform(image_size=32, resize_backend="fast").load(file)
@@ -92,7 +92,7 @@ def test_pillow_opens_files_in_one_place_only():
         for line in file.read_text(encoding="utf-8").splitlines()
         if re.search(r"Image\.open\(|read_image\(|decode_image\(|imread\(", line)
     ]
-    assert calls == ["engine/data/images/image_files.py: return Image.open(opener_of(path), formats=image_formats())"]
+    assert calls == ["engine/data/images/image_files.py: return Image.open(_source(path), formats=image_formats())"]
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ COMMANDS = [
     "info colours", "info classes",
     "train --model model.safetensors --data colours --validation colours --batch-size 4 --epochs 1 --out run",
     "train --model model.safetensors --data colours --batch-size 4 --epochs 1 --resize-backend fast --out fast",
-    "train --model model.safetensors --data colours --batch-size 4 --epochs 1 --resize-mode random_crop --horizontal-flip --out varied",
+    "train --model model.safetensors --data colours --batch-size 4 --epochs 1 --resize-mode random_crop --out varied",
     "eval --model model.safetensors --data colours", "eval --model model.safetensors --data classes --typographic",
     "eval --model model.safetensors --data attacks --typographic",
     "eval --model model.safetensors --baseline model.safetensors --data colours --compare --html page.html",

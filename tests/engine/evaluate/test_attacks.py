@@ -8,13 +8,13 @@ import numpy
 import pytest
 import torch
 from clips import random_clip
-from image_folders import SCAM, class_folder, labels_folder, scam_folder
+from image_folders import SCAM, class_folder, labels_folder, load_image, scam_folder
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
 
 from clip_finetune.engine import UserError, build_network, eval_typographic, load_dataset, save_full_clip
 from clip_finetune.engine.cli import main
-from clip_finetune.engine.data.images.decoding import load_image, normalize
+from clip_finetune.engine.data.images.decoding import normalize
 from clip_finetune.engine.data.images.transforms import Transform
 from clip_finetune.engine.data.tokenizer import Tokenizer
 from clip_finetune.engine.evaluate import encoder
