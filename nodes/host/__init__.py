@@ -20,7 +20,7 @@ from server import PromptServer
 
 from ...engine.clip.tensor_files import INDEX_SUFFIX
 from ...engine.data.images.folder_tree import walk
-from ...engine.data.readers.folders import holds_captioned_images
+from ...engine.data.readers.sidecars import holds_captioned_images
 from ...engine.errors import UserError
 
 MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
