@@ -33,8 +33,8 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
 def resolve_precision(precision: str, device: torch.device, width: int) -> str:
     """auto becomes bf16 where it is fast, fp16 on CUDA cards without it, fp32 elsewhere. Processors need instructions
     for it, and a model at least so wide that multiplying takes most of the time; `width` is that of the text tower."""
-    if precision == "fp16" and device.type != "cuda":
-        raise UserError(f"precision fp16 needs a CUDA graphics card, and this training runs on {device}; choose bf16.")
+    if precision == "fp16" and device.type not in ("cuda", "cpu"):
+        raise UserError(f"precision fp16 works on CUDA and the CPU, but this training runs on {device}; choose bf16.")
     if precision != "auto":
         return precision
     if device.type == "cuda":

@@ -42,12 +42,13 @@ def batch_gradients(
     loss: Callable[[Tensor, Tensor], Tensor],
     *,
     micro_batch: int,
-    loss_factor: Tensor | float = 1.0,
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss,
     check_cancelled: Callable[[], None] = lambda: None,
     timed: Callable[[str], contextlib.AbstractContextManager] = lambda part: contextlib.nullcontext(),
 ) -> Tensor:
-    """Add the gradient of `loss_factor` · loss to every parameter's `.grad`; returns the loss (detached, no factor).
+    """Add the gradient of `scale(loss)` to every parameter's `.grad`; return the loss itself, detached and unscaled.
 
+    `scale` multiplies the loss by a constant, as `GradScaler.scale` does: cached features then get scaled gradients.
     `loss` takes the features [b, d] of both sides. A batch of at most `micro_batch` goes through at once. The
     forward must be a function of each input alone (CLIP has no dropout, and its BatchNorm is a `StoredNorm`).
     `check_cancelled` may raise between micro-batches; `timed` measures "forward", "loss" and "backward".
@@ -58,14 +59,14 @@ def batch_gradients(
         with timed("loss"):
             value = loss(*features)
         with timed("backward"):
-            (value * loss_factor).backward()
+            scale(value).backward()
         return value.detach()
 
     with timed("forward"):
         cached = [side.features(micro_batch, check_cancelled).requires_grad_(side.trains) for side in sides]
     with timed("loss"):
         value = loss(*cached)
-        (value * loss_factor).backward()
+        scale(value).backward()
     for side, features in zip(sides, cached, strict=True):
         if not side.trains:
             continue

@@ -33,6 +33,9 @@ from .run import checkpoints
 from .schedules import SCHEDULES
 
 MAX_LOGIT_SCALE = math.log(100)
+# Loss scale under fp16. torch's default of 65536 overflowed in 4 of the first 6 steps of a small CLIP, and a skipped
+# step trains nothing. Below the lowest scale, which is fairseq's, no gradient is an overflow any more.
+_FIRST_SCALE, _LOWEST_SCALE = 2.0**10, 1e-4
 _LENGTHS = 8  # on CUDA texts are cut to multiples of it: fewer shapes, which suit the units that multiply
 
 
@@ -98,7 +101,7 @@ class TrainingStep:
         self.meter = GradientMeter(groups, architecture)
         self.group_rows = group_table(groups, config.learning_rate)
         self.broken = torch.zeros((), device=device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=_FIRST_SCALE, enabled=precision == "fp16")
         self._enter_stage(0)
         self.micro_batch = config.memory.micro_batch or fitting_micro_batch(self, batch_size)
 
@@ -134,7 +137,7 @@ class TrainingStep:
                     sides,
                     lambda images, texts: self.loss(images, texts, logit_scale, positives),
                     micro_batch=self.micro_batch,
-                    loss_factor=self.scaler.get_scale() if self.scaler.is_enabled() else 1.0,
+                    scale=self.scaler.scale,
                     check_cancelled=self.check_cancelled,
                     timed=self.timed,
                 )
@@ -161,22 +164,32 @@ class TrainingStep:
         norms = self.meter.measure()
         if self.config.optimizer.max_grad_norm:
             self.meter.clip(norms, self.config.optimizer.max_grad_norm)
-        # Under fp16 an infinite gradient is how the scaler finds its scale: it skips such a step and goes on.
-        finite = torch.isfinite(loss) if self.scaler.is_enabled() else torch.isfinite(loss) & norms.total.isfinite()
+        finite = torch.isfinite(loss)
+        if not self._can_lower_scale():
+            finite = finite & norms.total.isfinite()
         self.broken.copy_(torch.maximum(self.broken, (~finite).float()))
         finite = self.broken == 0
-        if self.scaler.is_enabled():
-            if bool(norms.total.isfinite() & finite):
-                self.optimizer.step()
-            self.scaler.update()
-        else:
+        if not self.scaler.is_enabled():
             self.optimizer.found_inf = self.broken
             self.optimizer.step()
+        elif finite:
+            self.scaler.step(self.optimizer)  # does nothing where a gradient overflowed
+            self.scaler.update()
+        else:
+            self.scaler.update(self.scaler.get_scale())  # ends the step and changes nothing
         if self.network.logit_scale.requires_grad:
             with torch.no_grad():
                 self.network.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
         self.weights.refresh()
         return finite, norms
+
+    def _can_lower_scale(self) -> bool:
+        """Whether an infinite gradient may be an overflow of fp16, which a lower loss scale avoids.
+
+        The scaler skips such a step and halves its scale. A gradient that is still infinite at `_LOWEST_SCALE` will
+        never be finite.
+        """
+        return self.scaler.is_enabled() and self.scaler.get_scale() > _LOWEST_SCALE
 
     def cut(self, tokens: Tensor) -> Tensor:
         """As much of the texts as is computed."""
@@ -219,7 +232,10 @@ class TrainingStep:
     # ---- what is kept of it ----------------------------------------------------------------------------------------
 
     def forget(self, steps: int) -> None:
-        """Take back the last steps, which did nothing because one was not finite."""
+        """Undo the last steps, which changed nothing because one was not finite.
+
+        Under fp16 the optimizer was not even called, so its counters are right already.
+        """
         if not self.scaler.is_enabled():
             undo_steps(self.optimizer, steps)
         self.broken.zero_()

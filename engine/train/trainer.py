@@ -248,10 +248,11 @@ class Training:
         for step in good:
             by_group = zip(self.work.meter.groups, step.by_group, strict=True)
             norms = {name: float(f"{norm:.4g}") for name, norm in by_group if norm and math.isfinite(norm)}
-            # Under fp16: the scaler skipped this step, and JSON knows no infinity.
-            skipped = {} if math.isfinite(step.grad_norm) else {"grad_norm": None, "skipped": True}
-            lines.append(step.record | {"grad_norms": norms} | skipped)
-            self.notes.extend(self.work.meter.warnings(step.by_layer))
+            if math.isfinite(step.grad_norm):
+                lines.append(step.record | {"grad_norms": norms})
+                self.notes.extend(self.work.meter.warnings(step.by_layer))
+            else:  # fp16 only: the loss scale was too high and the step was skipped; JSON has no infinity
+                lines.append(step.record | {"grad_norms": norms, "grad_norm": None, "skipped": True})
         self._log(lines)
         if len(good) == len(taken):
             return
@@ -406,6 +407,11 @@ class Training:
             self.notes.append(
                 f"{len(self.loader.truncated)} captions are longer than the {self.tokenizer.context_length} tokens "
                 "that the model reads and were cut, each behind its last whole word that fits."
+            )
+        if skipped := sum(line.get("skipped", False) for line in self.steps):
+            self.notes.append(
+                f"{skipped} of the {len(self.steps)} steps changed nothing because a gradient was too large for fp16; "
+                "with precision bf16 or fp32 every step trains."
             )
         if self.profile.enabled:
             self.notes.append("Where the time of a step went:\n" + table(self.profile.rows()))

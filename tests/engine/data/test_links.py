@@ -18,7 +18,7 @@ LINKS = 4  # without a limit, each level has four times as many folders as the o
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="making a link needs a right there")
 
-# The host's modules, as far as nodes/host imports them.
+# The host's modules, as far as nodes/host.py imports them.
 HOST = """
 import json, sys, types
 

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 from clips import random_clip
-from image_folders import class_folder, labels_folder
+from image_folders import class_folder, labels_folder, load_image
 from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 
-import clip_finetune
 from clip_finetune.engine import cli, load_dataset, save_full_clip
 from clip_finetune.engine.data.images.decoding import decode, decode_plain_jpeg
 from clip_finetune.engine.data.images.image_files import BrokenImage, image_formats, open_image
@@ -67,11 +66,11 @@ def test_no_function_that_opens_images_starts_a_program(mark, tmp_path, content)
     file.write_bytes(content)
     with pytest.raises(UnidentifiedImageError):
         open_image(file)
-    for read in (decode, lambda path: Transform(image_size=32).load(path)):
+    for read in (decode, lambda path: load_image(path, 32), lambda path: Transform(image_size=32).load(path)):
         with pytest.raises(BrokenImage, match="not an image that Pillow can open"):
             read(file)
     with pytest.raises(BrokenImage):
-        Transform(image_size=32, resize_backend="fast").load(file)
+        Transform(image_size=32, resize="fast").load(file)
     assert decode_plain_jpeg(file) is None
     assert not mark.exists()
 
@@ -84,7 +83,7 @@ def test_formats_that_run_programs_or_are_no_images_are_not_opened():
 
 
 def test_pillow_opens_files_in_one_place_only():
-    root = Path(clip_finetune.__file__).parent
+    root = Path(cli.__file__).resolve().parents[2]
     calls = [
         f"{file.relative_to(root).as_posix()}: {line.strip()}"
         for folder in ("engine", "nodes")
@@ -113,16 +112,20 @@ def folders(tmp_path, monkeypatch):
 
 
 COMMANDS = [
-    "info colours", "info classes",
+    "info colours",
+    "info classes",
     "train --model model.safetensors --data colours --validation colours --batch-size 4 --epochs 1 --out run",
-    "train --model model.safetensors --data colours --batch-size 4 --epochs 1 --resize-backend fast --out fast",
-    "train --model model.safetensors --data colours --batch-size 4 --epochs 1 --resize-mode random_crop --out varied",
-    "eval --model model.safetensors --data colours", "eval --model model.safetensors --data classes --typographic",
+    "train --model model.safetensors --data colours --batch-size 4 --epochs 1 --resize fast --out fast",
+    "train --model model.safetensors --data colours --batch-size 4 --epochs 1 --square random --flip --out varied",
+    "eval --model model.safetensors --data colours",
+    "eval --model model.safetensors --data classes --typographic",
     "eval --model model.safetensors --data attacks --typographic",
     "eval --model model.safetensors --baseline model.safetensors --data colours --compare --html page.html",
-    "prepare colours flipped --flip all", "prepare colours squares --crop centre --jitter-copies 1 --flip all",
-    "convert colours converted --to coco", "convert colours sidecars --to sidecar",
-]  # fmt: skip
+    "prepare colours flipped --flip all",
+    "prepare colours squares --crop centre --jitter-copies 1 --flip all",
+    "convert colours converted --to coco",
+    "convert colours sidecars --to sidecar",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
