@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..engine.data.from_images import dataset_from_images
 from ..engine.data.load import combine_datasets, load_dataset
 from ..engine.data.readers.coco import coco_file_beside
-from ..engine.data.readers.registry import FORMAT_NAMES, WRITABLE_FORMATS
+from ..engine.data.readers.registry import FORMAT_NAMES, WRITERS
 from ..engine.data.splits import split_dataset
 from ..engine.data.tools.convert import convert_captions
 from ..engine.errors import UserError
@@ -220,7 +220,7 @@ class ConvertCLIPCaptions(io.ComfyNode):
                 io.Combo.Input("folder", options=host.list_datasets(), tooltip=_FOLDER_TOOLTIP),
                 io.Combo.Input(
                     "to",
-                    options=list(WRITABLE_FORMATS),
+                    options=list(WRITERS),
                     default="sidecar",
                     tooltip="json: a labels JSON. sidecar: a text file beside each picture. kohya: meta_cap.json. "
                     "metadata: Hugging Face's metadata.jsonl. csv: image,caption. coco: COCO's captions.",

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..engine.clip import exports
-from ..engine.clip.full_clip import DTYPES
-from ..engine.clip.lora import export_lora
+from ..engine.clip import encoders
+from ..engine.clip.exports import export
+from ..engine.clip.tensor_files import DTYPES, write_safetensors
 from ..engine.errors import UserError
-from ..engine.files import write_safetensors
 from . import host
 from .sockets import CATEGORY, PREFIX_TOOLTIP, FullClip
 
@@ -42,22 +41,23 @@ def _export_inputs(model: str, hosts: str, part: str, prefix: str):
 
 def _export(cls, sizes, part, full_clip, clip, filename_prefix, dtype, save, strength):
     display = host.Display(cls.hidden.unique_id)
-    exports.require_text_tower(full_clip, sizes)
+    encoders.require_text_tower(full_clip, sizes)
     if strength != 1 and clip is None:
         raise UserError(f"strength is {strength:g}, which needs something to mix with: connect a clip, or set it to 1.")
     file = host.new_output_file(filename_prefix) if save else None
-    tensors, done = exports.text_encoder_state_dict(full_clip, dtype=dtype)
+    notes: list[str] = []
+    tensors = encoders.text_encoder_state_dict(full_clip, dtype=dtype, on_note=notes.append)
     if strength != 1:
         original = host.text_encoder_tensors(clip, part)
-        tensors = exports.mix_text_encoders(original, tensors, strength, projection=part == host.CLIP_G)
+        tensors = encoders.mix_text_encoders(original, tensors, strength, projection=part == host.CLIP_G)
     # Refused before anything is written.
     swapped = host.replace_text_encoder(clip, part, tensors) if clip is not None else None
     path = ""
     if file is not None:
         path = host.relative_to_output(write_safetensors(tensors, file, {"format": "pt"}))
         display.say(f"Saved output/{path}")
-    for sentence in done:
-        display.say(sentence)
+    for note in notes:
+        display.say(note)
     if swapped is None:
         swapped = host.clip_from_file(file) if file is not None else host.clip_from_tensors(tensors)
     return io.NodeOutput(swapped, path)
@@ -81,7 +81,7 @@ class ExportClipL(io.ComfyNode):
 
     @classmethod
     def execute(cls, full_clip, filename_prefix="clip/clip_l", dtype="fp16", save=True, strength=1.0, clip=None):
-        return _export(cls, exports.CLIP_L, host.CLIP_L, full_clip, clip, filename_prefix, dtype, save, strength)
+        return _export(cls, encoders.CLIP_L, host.CLIP_L, full_clip, clip, filename_prefix, dtype, save, strength)
 
 
 class ExportClipG(io.ComfyNode):
@@ -102,7 +102,7 @@ class ExportClipG(io.ComfyNode):
 
     @classmethod
     def execute(cls, full_clip, filename_prefix="clip/clip_g", dtype="fp16", save=True, strength=1.0, clip=None):
-        return _export(cls, exports.CLIP_G, host.CLIP_G, full_clip, clip, filename_prefix, dtype, save, strength)
+        return _export(cls, encoders.CLIP_G, host.CLIP_G, full_clip, clip, filename_prefix, dtype, save, strength)
 
 
 class ExportClipLoRA(io.ComfyNode):
@@ -137,13 +137,21 @@ class ExportClipLoRA(io.ComfyNode):
     def execute(cls, full_clip, baseline, rank=32, filename_prefix="loras/clip"):
         display = host.Display(cls.hidden.unique_id)
         file = host.new_output_file(filename_prefix)
-        report = export_lora(
-            full_clip, baseline, file, rank=rank, on_progress=display.count, check_cancelled=host.check_cancelled
+        notes: list[str] = []
+        export(
+            full_clip,
+            file,
+            format="lora",
+            baseline=baseline,
+            rank=rank,
+            on_note=notes.append,
+            on_progress=display.count,
+            check_cancelled=host.check_cancelled,
         )
         path = host.relative_to_output(file)
         display.say(f"Saved output/{path}")
-        for sentence in (*report.notes, report.sentence):
-            display.say(sentence)
+        for note in notes:
+            display.say(note)
         return io.NodeOutput(path)
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import get_type_hints
-
 from comfy_api.latest import io, ui
 
 from ..engine.data.load import load_dataset
@@ -14,6 +11,7 @@ from ..engine.data.tools.inspect import inspect_dataset, sample_images
 from ..engine.data.tools.prepare import Preparation, prepare_images
 from ..engine.report.charts import dataset_chart
 from ..engine.report.contact_sheet import contact_sheet
+from ..engine.settings import setting_infos
 from . import host
 from .sockets import CATEGORY, Dataset
 
@@ -80,28 +78,24 @@ class InspectCLIPDataset(io.ComfyNode):
         return io.NodeOutput(report, sheet, host.image_tensor(chart), ui=ui.PreviewImage(sheet, cls=cls))
 
 
+_BASIC = ("crop", "jitter_copies", "flip", "seed", "detector", "only", "never")
+
+
 def _preparation_inputs():
-    """A widget for each field of `Preparation`."""
-    kinds = get_type_hints(Preparation)
-    for field in dataclasses.fields(Preparation):
-        limits, kind = field.metadata, kinds[field.name]
-        common = {
-            "default": field.default,
-            "optional": True,
-            "tooltip": limits["help"],
-            "advanced": limits["advanced"],
-        }
-        ends = {"min": limits["min"], "max": limits["max"]}
-        if limits["choices"]:
-            yield io.Combo.Input(field.name, options=list(limits["choices"]), **common)
-        elif kind is str:
-            yield io.String.Input(field.name, **common)
-        elif kind is float:
-            yield io.Float.Input(field.name, **ends, step=limits["step"], **common)
-        elif field.name == "seed":
-            yield io.Int.Input(field.name, **ends, control_after_generate=False, **common)
+    """Yield a widget for each field of `Preparation`."""
+    for info in setting_infos(Preparation).values():
+        common = {"default": info.default, "optional": True, "tooltip": info.help, "advanced": info.name not in _BASIC}
+        ends = {"min": info.min, "max": info.max}
+        if info.choices:
+            yield io.Combo.Input(info.name, options=list(info.choices), **common)
+        elif info.kind is str:
+            yield io.String.Input(info.name, **common)
+        elif info.kind is float:
+            yield io.Float.Input(info.name, **ends, step=info.step, **common)
+        elif info.name == "seed":
+            yield io.Int.Input(info.name, **ends, control_after_generate=False, **common)
         else:
-            yield io.Int.Input(field.name, **ends, **common)
+            yield io.Int.Input(info.name, **ends, **common)
 
 
 class PrepareCLIPImages(io.ComfyNode):

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..engine.clip.exports import CLIP_L, export_vision_encoder, require_text_tower
-from ..engine.clip.full_clip import MIXED, load_full_clip, save_full_clip
-from ..engine.clip.gmp import NOTHING_TO_FOLD, fold_gmp, to_gmp
-from ..engine.clip.huggingface import save_huggingface
+from ..engine.clip.encoders import CLIP_L, require_text_tower
+from ..engine.clip.exports import EXPORTS, export
+from ..engine.clip.gmp import NOTHING_TO_FOLD, fold_gmp
+from ..engine.clip.load import load_full_clip
 from ..engine.clip.merge import merge_text_encoder, merge_vision_encoder, transplant_tower
+from ..engine.clip.tensor_files import MIXED
 from ..engine.clip.variants.long_clip import LONG_CONTEXT
 from ..engine.errors import UserError
 from . import host
 from .sockets import CATEGORY, PREFIX_TOOLTIP, FullClip
 
-_FORMATS = {
-    "openai": "plain weights in one file, to load here again, or in open_clip",
-    "huggingface": "a folder that transformers and diffusers open, with tokenizer",
-    "vision": "the vision tower alone, for Load CLIP Vision",
-    "gmp": "in GmP form, to train on with it",
-}
+# A text tower alone has nodes of its own: ExportClipL, ExportClipG and ExportClipLoRA.
+_FORMATS = {name: export_format for name, export_format in EXPORTS.items() if not export_format.text_only}
 
 
 class LoadFullCLIP(io.ComfyNode):
@@ -117,7 +114,7 @@ class SaveFullCLIP(io.ComfyNode):
                     options=list(_FORMATS),
                     default="openai",
                     optional=True,
-                    tooltip="\n".join(f"{name}: {what}." for name, what in _FORMATS.items()),
+                    tooltip="\n".join(f"{name}: {export_format.help}." for name, export_format in _FORMATS.items()),
                 ),
                 io.Combo.Input(
                     "dtype",
@@ -135,23 +132,13 @@ class SaveFullCLIP(io.ComfyNode):
 
     @classmethod
     def execute(cls, full_clip, filename_prefix="full_clip/my_clip", format="openai", dtype="fp32"):
-        if dtype == MIXED and format not in ("openai", "gmp"):
-            raise UserError(
-                f"dtype is {MIXED}, which only OpenAI's format has; for {format} choose fp16, bf16 or fp32."
-            )
         display = host.Display(cls.hidden.unique_id)
-        file, done = host.new_output_file(filename_prefix), []
-        if format == "huggingface":
-            saved, done = save_huggingface(full_clip, file.with_suffix(""), dtype=dtype)
-        elif format == "gmp":
-            saved = save_full_clip(to_gmp(full_clip), file, dtype=dtype)
-        else:
-            if full_clip.parameterization == "gmp":
-                full_clip, done = fold_gmp(full_clip), ["The model was in GmP form; it was folded to plain weights."]
-            save = export_vision_encoder if format == "vision" else save_full_clip
-            saved = save(full_clip, file, dtype=dtype)
+        file = host.new_output_file(filename_prefix)
+        saved = file.with_suffix("") if EXPORTS[format].folder else file
+        notes: list[str] = []
+        export(full_clip, saved, format=format, dtype=dtype, on_note=notes.append)
         path = host.relative_to_output(saved)
-        for sentence in (f"Saved output/{path}", *done):
+        for sentence in (f"Saved output/{path}", *notes):
             display.say(sentence)
         return io.NodeOutput(path)
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import get_type_hints
 
-from ..data.readers.registry import FORMAT_NAMES, WRITABLE_FORMATS
+from ..clip.exports import EXPORTS
+from ..data.readers.registry import CAPTION_FORMATS, FORMAT_NAMES, WRITERS
 from ..data.tools.prepare import Preparation
 from ..errors import UserError
-from ..settings import SettingInfo
+from ..settings import SettingInfo, setting_infos
 from ..train.config import DEFAULT_PRESET, PRESETS, all_settings
 from . import commands
 from .evaluate import run_eval
 from .terminal import print_any_letter
 
-_EXPORTS = ("text", "vision", "openai", "gmp", "huggingface", "lora")
 _PREPARE = (
     "Make a new data set out of another: colour-jittered and mirrored copies, centre squares, squares around objects."
 )
@@ -128,11 +126,9 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUT", help="a .safetensors file; for huggingface, a new folder")
     parser.add_argument(
         "--format",
-        choices=_EXPORTS,
+        choices=tuple(EXPORTS),
         default="text",
-        help="text: for ComfyUI, diffusers, Forge and kohya (default). vision: for ComfyUI's Load CLIP Vision. openai: "
-        "both towers, plain. gmp: both, in GmP form. huggingface: a folder for transformers. lora: what the text tower "
-        "has over --baseline's.",
+        help=" ".join(f"{name}: {export.help}." for name, export in EXPORTS.items()) + " Default: text.",
     )
     parser.add_argument(
         "--dtype",
@@ -194,9 +190,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         required=True,
-        choices=WRITABLE_FORMATS,
+        choices=WRITERS,
         metavar="FORMAT",
-        help=" ".join(f"{known.name}: {known.help}." for known in WRITABLE_FORMATS.values()),
+        help=" ".join(f"{known.name}: {known.help}." for known in CAPTION_FORMATS if known.writer),
     )
     parser.add_argument(
         "output",
@@ -211,7 +207,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUT", help="a new folder; DIR stays as it is")
     _add_captions(parser)
     parser.add_argument("--device", help="for the detector: cuda, cuda:1 or cpu (default: cuda where there is one)")
-    _add_fields(parser, Preparation)
+    _add_settings(parser, setting_infos(Preparation))
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
@@ -253,15 +249,3 @@ def _add_settings(parser: argparse.ArgumentParser, infos: Mapping[str, SettingIn
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help)
         else:
             parser.add_argument(flag, type=info.kind, choices=info.choices or None, default=None, help=help)
-
-
-def _add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
-    """A flag for each field of a class of settings; None where it is not given."""
-    kinds = get_type_hints(settings)
-    for field in dataclasses.fields(settings):
-        flag, kind = "--" + field.name.replace("_", "-"), kinds[field.name]
-        text = field.metadata["help"].replace("%", "%%") + f" (default: {field.default})"
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-        else:
-            parser.add_argument(flag, type=kind, choices=field.metadata["choices"], default=None, help=text)

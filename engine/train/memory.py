@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..settings import Settings, setting
 from . import master_weights as weights_module
 from .freezing import LayersConfig
+from .optim.factory import OPTIMIZERS
 
 if TYPE_CHECKING:
     from .step import TrainingStep
@@ -135,7 +136,7 @@ def forecast(work: TrainingStep, pairs: int, micro_batch: int, text_length: int)
     gradients, itemsize = _bytes(trained), work.network.dtype.itemsize
     largest = max(parameter.numel() for parameter in trained) * itemsize
     if at_once == pairs:  # both towers forward, then backward through the text tower and through the vision tower
-        beside = max(vision.passing, largest if itemsize < weights_module.MASTERS.itemsize else 0)
+        beside = max(vision.passing, largest if itemsize < weights_module.MASTER_DTYPE.itemsize else 0)
         moments = (
             max(vision.kept, vision.forward),
             vision.kept + max(text.kept + text.passing, text.forward),
@@ -178,13 +179,9 @@ def _transformer(stream: int, layers: int, itemsize: int, checkpointed: bool) ->
 
 
 def optimizer_bytes(work: TrainingStep) -> int:
-    """Two moments of each trained value; of Adafactor a number for each row and column."""
-    trained = work.trained.values()
-    if work.config.optimizer.optimizer != "adafactor":
-        return 2 * _bytes(trained)
-    return sum(
-        (p.numel() // p.shape[-1] + p.numel() // p.shape[-2]) * p.itemsize if p.dim() > 1 else p.nbytes for p in trained
-    )
+    """Return the size of the optimizer's state."""
+    state_bytes = OPTIMIZERS[work.config.optimizer.optimizer].state_bytes
+    return sum(state_bytes(parameter) for parameter in work.trained.values())
 
 
 def fitting_micro_batch(work: TrainingStep, pairs: int) -> int:

@@ -12,7 +12,7 @@ from ..errors import UserError
 from .config import TrainConfig
 from .freezing import check_freezing
 from .neuron_scaling import parse_neurons
-from .optim.factory import LearningRateMultipliers
+from .optim.parameter_groups import LearningRateMultipliers
 from .run.results import Notes
 
 _STORED_STATISTICS = (

@@ -26,8 +26,9 @@ from .losses import LOSSES, positive_pairs
 from .master_weights import MasterWeights
 from .memory import fitting_micro_batch
 from .neuron_scaling import parse_neurons, scale_neurons
-from .optim.factory import build_optimizer, group_table, parameter_groups, set_learning_rates, undo_steps
-from .optim.gradient_norms import GradientMeter, Norms
+from .optim.factory import build_optimizer, undo_steps
+from .optim.gradient_norms import GradientMeter, GradientNorms
+from .optim.parameter_groups import group_table, parameter_groups, set_learning_rates
 from .optim.parameter_info import SCALARS
 from .run import checkpoints
 from .schedules import SCHEDULES
@@ -46,7 +47,7 @@ class Outcome(NamedTuple):
     loss: Tensor
     logit_scale: Tensor
     finite: Tensor
-    norms: Norms
+    norms: GradientNorms
     rates: dict[str, float]
 
 
@@ -112,7 +113,7 @@ class TrainingStep:
         config = self.config
         self._enter_stage(stage_at(done, self.total_steps, config.layers.unfreeze_stages))
         optim = config.optimizer
-        factor = SCHEDULES[optim.schedule](done, self.total_steps, optim.warmup, optim.min_lr_ratio)
+        factor = SCHEDULES[optim.schedule].multiple(done, self.total_steps, optim.warmup, optim.min_lr_ratio)
         rates = set_learning_rates(self.optimizer, config.learning_rate, factor)
         shown_scale = self.network.logit_scale.detach().exp()
         loss = self._gradients(batch, begins=done == 0)
@@ -157,7 +158,7 @@ class TrainingStep:
                 f"{self.micro_batch}, which changes nothing but its speed."
             )
 
-    def _move(self, loss: Tensor) -> tuple[Tensor, Norms]:
+    def _move(self, loss: Tensor) -> tuple[Tensor, GradientNorms]:
         """(a bool tensor: the weights moved, or all is still as before a step that was not finite; the norms before
         clipping)."""
         self.scaler.unscale_(self.optimizer)

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-from ..clip.full_clip import FullCLIP, load_full_clip, save_full_clip
+from ..clip.exports import save_full_clip
+from ..clip.full_clip import FullCLIP
+from ..clip.load import load_full_clip
 from ..data.dataset import ClipDataset
 from ..data.images.image_cache import ImageCache
 from ..data.loader import Batch, LoaderOptions, TrainLoader
@@ -261,7 +263,7 @@ class Training:
         bad = taken[len(good)]
         what = f"the loss became {bad.loss}"
         if math.isfinite(bad.loss):
-            what = f"the gradient became {bad.grad_norm}, {self.work.meter.broken_place(bad.by_layer)}"
+            what = f"the gradient became {bad.grad_norm}, {self.work.meter.nonfinite_layers(bad.by_layer)}"
         raise UserError(
             f"The training stopped at step {bad.record['step']} because {what}."
             + (f" The weights from before that step are kept in {self.folder.path}." if self.step else "")

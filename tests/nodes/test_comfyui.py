@@ -13,9 +13,8 @@ from image_folders import class_folder, labels_folder
 from safetensors.torch import load_file, save_file
 
 from clip_finetune.engine import load_full_clip, save_full_clip
-from clip_finetune.engine.clip.exports import text_encoder_state_dict
-from clip_finetune.engine.clip.full_clip import cast
-from clip_finetune.engine.files import same_bits
+from clip_finetune.engine.clip.encoders import text_encoder_state_dict
+from clip_finetune.engine.clip.tensor_files import cast, same_bits
 
 pytestmark = pytest.mark.comfyui
 
@@ -307,13 +306,13 @@ def test_an_unfolded_gmp_model_is_folded_by_the_export_which_says_so(comfyui):
     assert "was folded" in result["texts"]["2"]
     folded = load_file(comfyui.base / "output/clip/folded_00001_.safetensors")
     plain = load_full_clip(comfyui.base / "models/full_clip/clip_l.safetensors")
-    for name, tensor in text_encoder_state_dict(plain, dtype="fp16")[0].items():
+    for name, tensor in text_encoder_state_dict(plain, dtype="fp16").items():
         assert same_bits(folded[name], tensor), name
 
 
 def test_a_swap_replaces_the_clip_l_of_a_clone_and_leaves_the_original_alone(comfyui):
     other = random_clip(CLIP_L, seed=5)
-    save_file(text_encoder_state_dict(other, dtype="fp32")[0], comfyui.base / "models/text_encoders/other.safetensors")
+    save_file(text_encoder_state_dict(other, dtype="fp32"), comfyui.base / "models/text_encoders/other.safetensors")
     prompt = {
         "1": node("CLIPLoader", clip_name="other.safetensors", type="stable_diffusion"),
         "2": node("LoadFullCLIP", model="clip_l.safetensors"),
@@ -337,7 +336,7 @@ def test_a_swap_replaces_the_clip_l_of_a_clone_and_leaves_the_original_alone(com
 
 def test_a_lora_on_the_clip_is_merged_into_the_full_clip(comfyui):
     base = random_clip(CLIP_L, seed=6)
-    tower = text_encoder_state_dict(base, dtype="fp32")[0]
+    tower = text_encoder_state_dict(base, dtype="fp32")
     save_file(tower, comfyui.base / "models/text_encoders/base.safetensors")
     generator = torch.Generator().manual_seed(0)
     up, down = torch.randn(768, 4, generator=generator) * 0.1, torch.randn(4, 3072, generator=generator) * 0.1
@@ -406,7 +405,7 @@ def test_a_model_that_reads_77_tokens_is_stretched_when_it_is_asked_for(comfyui)
         **encoded(comfyui, ["3", 0], "short"),
     }
     short = random_clip(CLIP_L, seed=7)
-    save_file(text_encoder_state_dict(short, dtype="fp16")[0], comfyui.base / "models/text_encoders/short.safetensors")
+    save_file(text_encoder_state_dict(short, dtype="fp16"), comfyui.base / "models/text_encoders/short.safetensors")
     succeed(comfyui, prompt)
     assert conditioning(comfyui, "long")["hidden"].shape == (1, 248, 768)
     assert conditioning(comfyui, "short")["hidden"].shape == (1, 77, 768)
@@ -443,7 +442,7 @@ def test_the_change_of_a_training_is_a_lora_that_comfyui_lists_and_applies(comfy
     change = torch.randn(768, 2, generator=generator) @ torch.randn(2, 3072, generator=generator) * 0.02
     changed = base.derive({name: (base.state_dict[name].float() + change).half()}, step="trained")
     save_full_clip(changed, comfyui.base / "models/full_clip/changed.safetensors")
-    text, _ = text_encoder_state_dict(base, dtype="fp32")
+    text = text_encoder_state_dict(base, dtype="fp32")
     save_file(text, comfyui.base / "models/text_encoders/plain.safetensors")
     result = succeed(
         comfyui,
@@ -475,7 +474,7 @@ def test_a_vision_file_is_listed_by_comfyui_and_merged_back(comfyui):
     one, other = (random_clip(VIT_L_14, seed=seed, dtype=torch.float16) for seed in (1, 2))
     save_full_clip(one, comfyui.base / "models/full_clip/one_l14.safetensors")
     save_full_clip(other, comfyui.base / "models/full_clip/other_l14.safetensors")
-    text, _ = text_encoder_state_dict(one, dtype="fp16")
+    text = text_encoder_state_dict(one, dtype="fp16")
     save_file(text, comfyui.base / "models/text_encoders/one_te.safetensors")
     succeed(
         comfyui,
@@ -510,9 +509,9 @@ def test_a_clip_g_is_swapped_into_an_sdxl_clip(comfyui):
     one, other = (random_clip(CLIP_L, seed=seed, dtype=torch.float16, **sizes) for seed in (1, 2))
     save_full_clip(one, comfyui.base / "models/full_clip/big_g.safetensors")
     encoders = comfyui.base / "models/text_encoders"
-    save_file(text_encoder_state_dict(other, dtype="fp16")[0], encoders / "other_g.safetensors")
+    save_file(text_encoder_state_dict(other, dtype="fp16"), encoders / "other_g.safetensors")
     plain = load_full_clip(comfyui.base / "models/full_clip/clip_l.safetensors")
-    save_file(text_encoder_state_dict(plain, dtype="fp16")[0], encoders / "plain_l.safetensors")
+    save_file(text_encoder_state_dict(plain, dtype="fp16"), encoders / "plain_l.safetensors")
     prompt = {
         "1": node("DualCLIPLoader", clip_name1="plain_l.safetensors", clip_name2="other_g.safetensors", type="sdxl"),
         "2": node("LoadFullCLIP", model="big_g.safetensors"),

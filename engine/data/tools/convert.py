@@ -14,7 +14,7 @@ from ..images.image_files import BrokenImage, file_of, open_bytes, row_of, suffi
 from ..load import load_dataset
 from ..originals import HEADER as ORIGINALS_HEADER
 from ..originals import NAME as ORIGINALS
-from ..readers.registry import WRITABLE_FORMATS, CaptionFormat
+from ..readers.registry import WRITERS, CaptionWriter
 from .output import new_output, refuse_inside
 
 
@@ -35,16 +35,16 @@ def convert_captions(
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """Write a dataset's captions in one of `WRITABLE_FORMATS`, and return notes on what was done.
+    """Write a dataset's captions in one of `WRITERS`, and return notes on what was done.
 
     `out` is a new folder, which gets the images too, as hard links where possible; or a new file (.json, .jsonl or
     .csv), which gets the captions alone. The source does not change. What was written is read back and compared before
     it is moved to `out`. Raises `UserError`.
     """
     path = Path(out)
-    if to not in WRITABLE_FORMATS:
-        raise UserError(f"Captions cannot be written as {to!r}; choose {', '.join(WRITABLE_FORMATS)}.")
-    format = WRITABLE_FORMATS[to]
+    if to not in WRITERS:
+        raise UserError(f"Captions cannot be written as {to!r}; choose {', '.join(WRITERS)}.")
+    format = WRITERS[to]
     is_file = bool(format.file_name) and path.suffix.lower() == Path(format.file_name).suffix
     if os.path.lexists(path) and (is_file or not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} is already there; choose a name that is not taken.")
@@ -118,7 +118,7 @@ def _unique(name: str, taken: set[str], unique_stems: bool) -> str:
 
 def _write_folder(
     folder: Path,
-    format: CaptionFormat,
+    format: CaptionWriter,
     samples: Sequence[_Sample],
     dataset: ClipDataset,
     on_progress: Callable[[int, int], None],
@@ -130,7 +130,7 @@ def _write_folder(
         image.parent.mkdir(parents=True, exist_ok=True)
         linked += _link_or_copy(sample.path, image)
         if not format.file_name:
-            _write_captions(image.with_suffix(format.suffixes[0]), format, [sample])
+            _write_captions(image.with_suffix(".txt"), format, [sample])
         on_progress(done, len(samples))
     if format.file_name:
         _write_captions(folder / _caption_file_name(format, samples), format, samples)
@@ -161,7 +161,7 @@ def _link_or_copy(source: Path, target: Path) -> bool:
     return True
 
 
-def _caption_file_name(format: CaptionFormat, samples: Sequence[_Sample]) -> str:
+def _caption_file_name(format: CaptionWriter, samples: Sequence[_Sample]) -> str:
     """Return a name that no image shares: a JSON beside an image of its name would be read as that image's own."""
     name, stems = Path(format.file_name), {os.path.splitext(sample.name)[0] for sample in samples}
     return name.name if name.stem not in stems else f"{name.stem}_of_all{name.suffix}"
@@ -176,8 +176,7 @@ def _write_originals(folder: Path, samples: Sequence[_Sample], dataset: ClipData
     (folder / ORIGINALS).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _write_captions(file: Path, format: CaptionFormat, samples: Sequence[_Sample]) -> None:
-    assert format.write is not None, "it is one of the writable formats"
+def _write_captions(file: Path, format: CaptionWriter, samples: Sequence[_Sample]) -> None:
     with open(file, "w", encoding="utf-8", newline="\n") as stream:
         stream.writelines(format.write([(sample.name, sample.captions) for sample in samples]))
 

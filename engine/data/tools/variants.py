@@ -11,7 +11,7 @@ import torch
 
 from ...errors import UserError
 from ...settings import Settings, setting
-from .detection import DETECTORS, Box
+from .detection import Box
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,11 +44,10 @@ class Preparation(Settings):
     hue: float = setting(
         0.1, "The hue of copies is shifted by up to this share of the colour circle.", min=0.0, max=0.5, step=0.01
     )
-    detector: str = setting(
+    detector: Literal["small", "medium", "large"] = setting(
         "medium",
         "For objects. small (13 MB) finds the most obvious objects; medium is 74 MB; large (167 MB) is slow without a "
         "GPU. Downloaded when first used.",
-        choices=tuple(DETECTORS),
     )
     only: str = setting(
         "", "For objects: cut out only these, separated by commas, such as dog, cat. Empty: all 80 classes of COCO."

@@ -18,9 +18,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ...clip.tensor_files import read_tensors
+from ...clip.tensor_files import read_contents, write_safetensors
 from ...errors import UserError
-from ...files import PART_SUFFIX, remove_parts, write_json, write_safetensors, write_text
+from ...files import PART_SUFFIX, remove_parts, write_json, write_text
 from ..config import TrainConfig
 from .lock import LOCK_NAME, FolderLock, lock_folder
 from .results import REPORT
@@ -99,8 +99,8 @@ class RunFolder:
         there is none. What had to be passed over is said."""
         for file in self._states_to_try():
             try:
-                tensors, metadata = read_tensors(file)
-                return tensors, json.loads(metadata[STATE_KEY])
+                contents = read_contents(file)
+                return contents.tensors, json.loads(contents.metadata[STATE_KEY])
             except (UserError, KeyError, ValueError) as error:
                 say(f"The saved state {file.name} cannot be used ({error}); the one before it is tried.")
         if self.pointer_file.is_file():

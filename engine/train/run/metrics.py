@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..optim.gradient_norms import Norms
+from ..optim.gradient_norms import GradientNorms
 
 # A line is in the file after so many steps or seconds, whichever is sooner.
 STEPS, SECONDS = 10, 0.8
@@ -38,7 +38,9 @@ class PendingSteps:
     def __len__(self) -> int:
         return len(self.records)
 
-    def add(self, record: dict[str, Any], loss: Tensor, logit_scale: Tensor, finite: Tensor, norms: Norms) -> None:
+    def add(
+        self, record: dict[str, Any], loss: Tensor, logit_scale: Tensor, finite: Tensor, norms: GradientNorms
+    ) -> None:
         """`record` gets the fields that need the device when it is taken; `finite` is a bool tensor."""
         dtype = torch.promote_types(loss.dtype, torch.float32)
         scalars = torch.stack([value.reshape(()).to(dtype) for value in (loss, logit_scale, finite, norms.total)])

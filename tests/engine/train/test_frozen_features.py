@@ -7,11 +7,11 @@ from image_folders import labels_folder
 from PIL import Image
 
 from clip_finetune.engine import TrainConfig, load_dataset, train
+from clip_finetune.engine.clip.tensor_files import same_bits
 from clip_finetune.engine.data import feature_cache
 from clip_finetune.engine.data.feature_cache import FeatureCache, FeatureSpec
 from clip_finetune.engine.data.images.image_cache import ImageCache
 from clip_finetune.engine.data.images.transforms import Transform
-from clip_finetune.engine.files import same_bits
 from clip_finetune.engine.train import frozen_features, master_weights
 
 QUICK = dict(epochs=3, learning_rate=1e-3, batch_size=6, precision="fp32", towers="text")
@@ -64,7 +64,7 @@ def test_a_training_is_the_same_with_and_without(data, tmp_path, monkeypatch, co
     """In float64: losses and weights after steps in which every picture came several times; with 4 at once the last
     part of a batch of 6 is filled."""
     monkeypatch.setattr(frozen_features, "_at_once", lambda work: at_once)
-    monkeypatch.setattr(master_weights, "MASTERS", torch.float64)
+    monkeypatch.setattr(master_weights, "MASTER_DTYPE", torch.float64)
     kept = run(data, tmp_path / "kept", **settings)
     assert len(computed) == len(data)
     computed.clear()

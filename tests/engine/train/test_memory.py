@@ -9,7 +9,7 @@ from clips import TINY, VIT_L_14, random_clip
 from image_folders import labels_folder
 
 from clip_finetune.engine import TrainConfig, UserError, load_dataset, to_gmp, train
-from clip_finetune.engine.bench.work import most_allocated
+from clip_finetune.engine.bench.workload import peak_allocation
 from clip_finetune.engine.data.loader import Batch
 from clip_finetune.engine.openai import END, START
 from clip_finetune.engine.train import memory
@@ -67,7 +67,7 @@ def test_a_step_takes_what_was_foreseen(pairs, precision, gmp, settings):
     work.optimizer.zero_grad()
     found = forecast(work, pairs, work.micro_batch, LENGTH)
     foreseen = found.peak - found.weights - found.optimizer
-    assert foreseen == pytest.approx(most_allocated(lambda: work(batch, 1), CPU), rel=0.1)
+    assert foreseen == pytest.approx(peak_allocation(lambda: work(batch, 1), CPU), rel=0.1)
 
 
 @pytest.mark.parametrize("optimizer", ["adabelief", "adamw", "adafactor"])

@@ -13,8 +13,7 @@ from image_folders import class_folder, labels_folder
 from safetensors.torch import load_file
 
 from clip_finetune.engine import TrainConfig, UserError, load_dataset, load_full_clip, to_gmp, train
-from clip_finetune.engine.clip.tensor_files import read_tensors
-from clip_finetune.engine.files import same_bits
+from clip_finetune.engine.clip.tensor_files import read_contents, same_bits
 from clip_finetune.engine.train import master_weights
 from clip_finetune.engine.train import step as step_module
 from clip_finetune.engine.train.device import resolve_precision
@@ -238,7 +237,7 @@ def test_a_stopped_run_says_that_its_state_is_saved(model, data, tmp_path):
 @pytest.mark.parametrize("gmp", [False, True])
 def test_the_gradients_of_a_run_do_not_depend_on_its_micro_batch(model, data, tmp_path, monkeypatch, gmp):
     """In float64, on the path of a training: from the pictures' files to the gradients that the optimizer gets."""
-    monkeypatch.setattr(master_weights, "MASTERS", torch.float64)
+    monkeypatch.setattr(master_weights, "MASTER_DTYPE", torch.float64)
     measure = GradientMeter.measure
     seen = {}
 
@@ -340,7 +339,7 @@ def test_the_rates_in_the_metrics_are_the_schedules_of_each_group(model, data, t
         model, data, tmp_path / "run", schedule=schedule, warmup=0.3, min_lr_ratio=0.1, lr_multipliers="vision=0.5"
     ).steps
     for line in steps:
-        expected = 1e-3 * SCHEDULES[schedule](line["step"] - 1, 9, 0.3, 0.1)
+        expected = 1e-3 * SCHEDULES[schedule].multiple(line["step"] - 1, 9, 0.3, 0.1)
         rates = line["learning_rate"]
         assert rates["text.mlp"] == pytest.approx(expected) and rates["vision.mlp"] == pytest.approx(expected / 2)
     assert steps[0]["grad_norms"].keys() == {name for name in rates}
@@ -609,7 +608,7 @@ def test_a_loss_that_becomes_infinite_names_the_step_and_leaves_no_trace(
             calls.append(1)
             return super().forward(*arguments) * (math.inf if len(calls) == 6 else 1)
 
-    monkeypatch.setitem(losses.LOSSES, "infonce", losses.LossChoice(lambda *settings: Breaks(), ""))
+    monkeypatch.setitem(losses.LOSSES, "infonce", losses.LossInfo("infonce", lambda *settings: Breaks(), ""))
     with pytest.raises(UserError, match="stopped at step 6 because the loss became inf.*kept"):
         run(model, data, tmp_path / "run", optimizer=optimizer, precision=precision)
     assert len(calls) > 6
@@ -668,7 +667,7 @@ def test_a_stopped_fp16_run_ends_with_the_same_bits(model, data, tmp_path, monke
     for step in (2, 6):
         with pytest.raises(Stop):
             run(model, data, tmp_path / "stopped", progress=stop_after(step), **options)
-        _, metadata = read_tensors(tmp_path / "stopped" / f"step_{step}.safetensors")
+        metadata = read_contents(tmp_path / "stopped" / f"step_{step}.safetensors").metadata
         scale = json.loads(metadata[STATE_KEY])["scaler"]["scale"]
         assert scale == 2.0 ** (17 - sum(number <= step for number in skipped))
     resumed = run(model, data, tmp_path / "stopped", **options)
