@@ -45,8 +45,8 @@ def test_a_data_set_is_reported_on_with_a_contact_sheet_and_charts(comfyui):
     (folder / "04.png").write_bytes((folder / "05.png").read_bytes())
     result = succeed(comfyui, inspection("damaged"))
     report = result["outputs"]["3"]["text"][0]
-    assert "12 pictures" in report and "1 picture is broken" in report and "04.png = 05.png" in report
-    assert "1 picture is broken" in result["texts"]["2"]
+    assert "12 images" in report and "1 image is broken" in report and "04.png = 05.png" in report
+    assert "1 image is broken" in result["texts"]["2"]
     sheet, chart = (shown(comfyui, result, number) for number in ("4", "5"))
     assert sheet.mode == chart.mode == "RGB" and sheet.width > 1000 and chart.size == (1024, 720)
     assert shown(comfyui, result, "2").size == sheet.size
@@ -67,13 +67,13 @@ def test_prepared_pictures_are_listed_and_loaded_and_the_old_ones_stay(comfyui):
     }
     result = succeed(comfyui, prompt)
     assert result["outputs"]["2"]["text"][0] == "photos_prepared"
-    assert "48 pictures were made from 12" in result["texts"]["1"]
+    assert "48 images were made from 12" in result["texts"]["1"]
     assert "photos_prepared" in comfyui.choices("LoadCLIPDataset", "folder")
     assert {file.name: file.read_bytes() for file in source.iterdir()} == before
     labels = json.loads((comfyui.base / "datasets/photos_prepared/labels.json").read_text())
     assert labels["00_jitter1.png"] == ["caption of 00"] and len(labels) == 48
     report = succeed(comfyui, inspection("photos_prepared"))["outputs"]["3"]["text"][0]
-    assert "48 pictures" in report and "made from 12 originals" in report and "look alike" not in report
+    assert "48 images" in report and "made from 12 originals" in report and "look alike" not in report
 
 
 def test_the_same_again_makes_nothing_new_and_other_settings_the_next_folder(comfyui):
@@ -109,6 +109,6 @@ def test_cancel_leaves_nothing_behind(comfyui):
 
 
 def test_nothing_chosen_and_an_unknown_class_are_told(comfyui):
-    for inputs, words in (({}, "Nothing is chosen"), ({"crop": "objects", "only": "unicorn"}, "knows no 'unicorn'")):
+    for inputs, words in (({}, "There is nothing to do"), ({"crop": "objects", "only": "unicorn"}, "does not know 'unicorn'")):
         result = comfyui.queue({"1": node("PrepareCLIPImages", folder="photos", **inputs)})
         assert result["status"] == "error" and words in result["error"], result

@@ -217,7 +217,7 @@ def test_what_is_no_picture_is_told_row_by_row(tmp_path, monkeypatch):
     assert "it cannot be decoded" in reasons["3"]
     with pytest.raises(BrokenImage, match="a.parquet has only 5 rows"):
         decode(f"{file}#5")
-    monkeypatch.setattr(image_files, "_LARGEST", 100)
+    monkeypatch.setattr(image_files, "_MAX_IMAGE_BYTES", 100)
     with pytest.raises(BrokenImage, match="far too large"):
         decode(f"{file}#0")
 
@@ -256,12 +256,12 @@ def test_they_are_converted_and_prepared_as_others_are(tmp_path):
     file = written(tmp_path / "set/a.parquet", {"image": held(*contents), "text": list("abcd")})
     data = load_dataset(file.parent)
     said = convert_captions(data, "sidecar", tmp_path / "out")
-    assert "1 pictures are not there and are left out." in said and "3 pictures were copied." in said
+    assert "1 images are missing and are left out." in said and "3 images were copied." in said
     converted = load_dataset(tmp_path / "out")
     assert converted.names == ["a_000000.png", "a_000001.jpg", "a_000003.webp"]
     assert [text for (text,) in converted.captions] == ["a", "b", "d"]
     assert converted.path(1).read_bytes() == contents[1]
-    with pytest.raises(UserError, match="pictures inside Parquet files, where other programs do not find them"):
+    with pytest.raises(UserError, match="images inside Parquet files, where other programs do not find them"):
         convert_captions(data, "csv", tmp_path / "out.csv")
     prepared = prepare_images(data, tmp_path / "mirrored", Preparation(flip="all"))
     assert (prepared.pictures, prepared.originals, len(prepared.left_out)) == (6, 3, 1)
