@@ -83,7 +83,7 @@ def run_evaluation(arguments: argparse.Namespace) -> int:
         files.append(("baseline", arguments.baseline))
     request = Request(templates=arguments.templates, protocol=arguments.protocol, typographic=arguments.typographic)
     notes = Notes(print_line)
-    with contextlib.closing(ImageCache(user_cache_folder(), say=print_line)) as cache:
+    with contextlib.closing(ImageCache(user_cache_folder(), on_note=print_line)) as cache:
         runtime: Runtime = {"cache": cache, "features": EncodingCache()}
         candidates = (Candidate(role, file, open_model(arguments, file)) for role, file in files)
         results = evaluate(candidates, dataset, request, on_note=notes.add, **runtime)
@@ -210,7 +210,7 @@ def _selfcheck(arguments: argparse.Namespace) -> int:
     source = (*arguments.model, os.environ.get("CLIP_WEIGHTS") or "ViT-L-14/openai")[0]
     model = open_model(arguments, source)
     print_notes(model.notes)
-    with contextlib.closing(ImageCache(user_cache_folder(), say=print_line)) as cache:
+    with contextlib.closing(ImageCache(user_cache_folder(), on_note=print_line)) as cache:
         found = selfcheck(model, imagenet=imagenet, coco=coco, cache=cache, on_note=print_line)
     print_notes(found.notes)
     if arguments.json:
