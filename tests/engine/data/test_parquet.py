@@ -12,13 +12,14 @@ import numpy
 import pytest
 import torch
 from clips import random_clip
+from image_folders import load_image
 from PIL import Image
 
 from clip_finetune.engine import UserError, eval_retrieval, eval_zero_shot, load_dataset, split_dataset
 from clip_finetune.engine.data import fingerprint
 from clip_finetune.engine.data.decoded_images import DecodedImages, image_batches
 from clip_finetune.engine.data.images import image_files
-from clip_finetune.engine.data.images.decoding import BrokenImage, MissingImage, decode, load_image
+from clip_finetune.engine.data.images.decoding import BrokenImage, MissingImage, decode
 from clip_finetune.engine.data.images.image_cache import ImageCache
 from clip_finetune.engine.data.images.transforms import Transform
 from clip_finetune.engine.data.threads import in_threads
@@ -32,7 +33,7 @@ parquet = pytest.importorskip("pyarrow.parquet")
 
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch):
-    monkeypatch.setattr(image_files, "_stretches", image_files._Stretches())
+    monkeypatch.setattr(image_files, "_chunks", image_files._Chunks())
 
 
 def encoded(number, form="PNG", side=40):
@@ -130,16 +131,16 @@ def test_notes_name_the_parts_read_together_and_large_row_groups(tmp_path, monke
 @pytest.fixture
 def stretches_read(monkeypatch):
     """What was read, with stretches of some pictures of which a few are kept."""
-    read, read_one, lock = [], image_files._read, threading.Lock()
+    read, read_one, lock = [], image_files._read_chunk, threading.Lock()
 
     def noted(key, layout):
         with lock:
             read.append(key[-2:])
         return read_one(key, layout)
 
-    monkeypatch.setattr(image_files, "_read", noted)
-    monkeypatch.setattr(image_files, "_STRETCH", 4 * len(encoded(0)))
-    monkeypatch.setattr(image_files, "_KEPT_BYTES", 12 * len(encoded(0)))
+    monkeypatch.setattr(image_files, "_read_chunk", noted)
+    monkeypatch.setattr(image_files, "_CHUNK_BYTES", 4 * len(encoded(0)))
+    monkeypatch.setattr(image_files, "_CACHE_BYTES", 12 * len(encoded(0)))
     image_files._layout.cache_clear()
     yield read
     image_files._layout.cache_clear()
@@ -150,8 +151,8 @@ def test_every_row_is_its_own_image_in_any_order_and_in_threads(tmp_path, stretc
     order = random.Random(1).choices(range(90), k=300)
     for index, picture in zip(order, in_threads(lambda index: decode(data.path(index)), order), strict=True):
         assert numpy.array_equal(numpy.asarray(picture), pixels_of(encoded(index)))
-    kept = image_files._stretches._kept.values()
-    assert 1 < len(kept) < 6 and not image_files._stretches._coming
+    kept = image_files._chunks._chunks.values()
+    assert 1 < len(kept) < 6 and not image_files._chunks._pending
 
 
 def test_in_file_order_each_stretch_is_read_once(tmp_path, stretches_read):
@@ -211,12 +212,12 @@ def test_rows_without_a_valid_image_are_reported_one_by_one(tmp_path, monkeypatc
     found = inspect_dataset(load_dataset(tmp_path))
     reasons = {broken.file.partition("#")[2]: broken.reason for broken in found.broken}
     assert reasons.keys() == {"1", "2", "3", "4"} and len(found.sizes) == 1 and found.unnamed == ()
-    assert reasons["1"] == "a.parquet has no picture in this row"
-    assert reasons["2"] == reasons["4"] == "it is not a picture that Pillow can open"
+    assert reasons["1"] == "a.parquet has no image in this row"
+    assert reasons["2"] == reasons["4"] == "it is not an image that Pillow can open"
     assert "it cannot be decoded" in reasons["3"]
-    with pytest.raises(BrokenImage, match="a.parquet has 5 rows, and not so many"):
+    with pytest.raises(BrokenImage, match="a.parquet has only 5 rows"):
         decode(f"{file}#5")
-    monkeypatch.setattr(image_files, "_LARGEST", 100)
+    monkeypatch.setattr(image_files, "_MAX_IMAGE_BYTES", 100)
     with pytest.raises(BrokenImage, match="far too large"):
         decode(f"{file}#0")
 
@@ -237,7 +238,7 @@ def test_a_damaged_file_gives_one_sentence(tmp_path):
     assert any(reason.startswith("a.parquet is damaged (") for reason in reasons), reasons
     assert not any("\n" in reason for reason in reasons)
     file.write_bytes(b"PAR1" + bytes(50))
-    image_files._stretches._kept.clear()
+    image_files._chunks._chunks.clear()
     with pytest.raises(BrokenImage, match="a.parquet is damaged"):
         decode(data.path(0))
     with pytest.raises(UserError, match="cannot be read as Parquet"):
@@ -255,12 +256,12 @@ def test_embedded_images_are_converted_and_prepared(tmp_path):
     file = written(tmp_path / "set/a.parquet", {"image": held(*contents), "text": list("abcd")})
     data = load_dataset(file.parent)
     said = convert_captions(data, "sidecar", tmp_path / "out")
-    assert "1 pictures are not there and are left out." in said and "3 pictures were copied." in said
+    assert "1 images are missing and are left out." in said and "3 images were copied." in said
     converted = load_dataset(tmp_path / "out")
     assert converted.names == ["a_000000.png", "a_000001.jpg", "a_000003.webp"]
     assert [text for (text,) in converted.captions] == ["a", "b", "d"]
     assert converted.path(1).read_bytes() == contents[1]
-    with pytest.raises(UserError, match="pictures inside Parquet files, where other programs do not find them"):
+    with pytest.raises(UserError, match="images inside Parquet files, where other programs do not find them"):
         convert_captions(data, "csv", tmp_path / "out.csv")
     prepared = prepare_images(data, tmp_path / "mirrored", Preparation(flip="all"))
     assert (prepared.pictures, prepared.originals, len(prepared.left_out)) == (6, 3, 1)
@@ -308,7 +309,7 @@ def test_a_file_without_permission_is_an_error(ordinary_user):
     file = captioned(place / "mine/a.parquet")
     data = load_dataset(place / "mine")
     decode(data.path(0))
-    image_files._stretches._kept.clear()
+    image_files._chunks._chunks.clear()
     image_files._layout.cache_clear()
     file.chmod(0)
     with rights(), pytest.raises(BrokenImage, match="Permission denied"):
@@ -321,7 +322,7 @@ MEMORY = """
 import sys
 from clip_finetune.engine.data.images import image_files
 from clip_finetune.engine.data.images.image_files import open_bytes
-image_files._STRETCH, image_files._KEPT_BYTES = 2**24, 2**26
+image_files._CHUNK_BYTES, image_files._CACHE_BYTES = 2**24, 2**26
 def peak():  # not getrusage's, which begins with that of the process that started this one
     return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
 with open_bytes(sys.argv[2] + "#0") as file:  # what is imported counts before
