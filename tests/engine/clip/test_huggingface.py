@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from clips import TINY, random_clip
+from image_folders import load_image
 from PIL import Image
 from safetensors import safe_open
 
 from clip_finetune.engine import UserError, build_network, fold_gmp, load_full_clip, to_gmp
 from clip_finetune.engine.clip.huggingface import save_huggingface
 from clip_finetune.engine.clip.tensor_files import same_bits
-from clip_finetune.engine.data.images.decoding import load_image, normalize
+from clip_finetune.engine.data.images.decoding import normalize
 from clip_finetune.engine.data.tokenizer import Tokenizer
 from clip_finetune.engine.files import remove_parts
 from clip_finetune.engine.openai import END, START
