@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..clip.full_clip import FullCLIP
 from ..data.dataset import ClipDataset
@@ -19,9 +20,6 @@ from ..errors import UserError
 from .class_names import with_named_classes
 from .encoder import EncodedImages, Encoder, Runtime, encode_images, never_cancelled, require_images
 from .retrieval import relevant_captions
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 BINS = 400  # of the histograms of cosines, from -1 to 1
 # Measures that need every pair of rows use this many rows, drawn with a fixed seed, if there are more.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..clip.full_clip import FullCLIP
 from ..data.dataset import ClipDataset
@@ -17,10 +19,6 @@ from ..report.charts import bar_chart
 from ..report.tables import percent
 from .class_names import with_named_classes
 from .encoder import EncodedImages, Encoder, Runtime, encode_images, require_images
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from typing_extensions import Unpack
 
 _ROWS, _COLUMNS = 1024, 4096  # one such block of the similarity matrix is in memory at a time
 

@@ -9,7 +9,10 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+from PIL.Image import Image
+from typing_extensions import Unpack
 
 from ..clip.full_clip import FullCLIP
 from ..data.dataset import ClipDataset
@@ -22,10 +25,6 @@ from .class_names import has_classes, with_classes
 from .encoder import BrokenModel, EncodedImages, Encoder, Runtime, encode_images, require_images
 from .typographic import attack, examples
 from .typographic.photographed import attacks_in
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from typing_extensions import Unpack
 
 BASELINE = "baseline"
 
