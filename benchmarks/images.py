@@ -124,7 +124,7 @@ def image_cache(folder: Path) -> None:
     count, batch = 2000, 100
     names = (f"{index}.jpg" for index in range(count))
     dataset = load_dataset(write_dataset(folder / "many", count, names, quality=80))
-    cache = ImageCache(folder / "cache", say=print)
+    cache = ImageCache(folder / "cache", on_note=print)
     loader = loader_of(dataset, batch_size=batch, cache=cache)
     batches = loader.iterate()
     decoded, *cached = (seconds_of(batches, count // batch) for _ in range(6))

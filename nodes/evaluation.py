@@ -32,7 +32,7 @@ def feature_cache() -> EncodingCache:
 @contextlib.contextmanager
 def evaluating(display: Display) -> Iterator[Runtime]:
     """Yield the keyword arguments that evaluations take from the host, with ComfyUI's models off the device."""
-    cache = ImageCache(folders.image_cache_folder(), say=display.note)
+    cache = ImageCache(folders.image_cache_folder(), on_note=display.note)
     with exclusive_device(), contextlib.closing(cache):
         yield {
             "device": torch_device(),

@@ -9,9 +9,15 @@ from pathlib import Path
 import numpy
 from PIL import Image
 
+from clip_finetune.engine.data.images.transforms import Transform
 from clip_finetune.engine.evaluate.typographic.photographed import CLEAN, HAND_WRITTEN, SYNTHETIC
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
+
+
+def load_image(path: Path, size: int):
+    """The image as CLIP sees it, uint8 [3, size, size]."""
+    return Transform(image_size=size).load(path)
 
 
 def labels_folder(folder: Path, count: int = 12, *, size: int = 32, captions: int = 2) -> Path:

@@ -3,11 +3,12 @@
 import numpy
 import pytest
 import torch
+from image_folders import load_image
 from PIL import Image
 from torch.nn import functional as F
 
 from clip_finetune.engine import UserError, build_network
-from clip_finetune.engine.data.images.decoding import load_image, normalize
+from clip_finetune.engine.data.images.decoding import normalize
 from clip_finetune.engine.data.tokenizer import Tokenizer
 from clip_finetune.engine.evaluate.comparison import notes_of
 from clip_finetune.engine.evaluate.ranking import rank_captions

@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 from clips import random_clip
-from image_folders import COLOURS, class_folder, labels_folder
+from image_folders import COLOURS, class_folder, labels_folder, load_image
 from PIL import Image
 from torch.nn import functional as F
 
@@ -22,7 +22,7 @@ from clip_finetune.engine import (
     load_full_clip,
     train,
 )
-from clip_finetune.engine.data.images.decoding import load_image, normalize
+from clip_finetune.engine.data.images.decoding import normalize
 from clip_finetune.engine.data.tokenizer import Tokenizer
 from clip_finetune.engine.evaluate import encoder as encoder_module
 from clip_finetune.engine.evaluate import zero_shot

@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 from clips import random_clip
-from image_folders import class_folder, labels_folder, scam_folder
+from image_folders import class_folder, labels_folder, load_image, scam_folder
 from PIL import Image
 from torch.nn import functional as F
 
@@ -18,7 +18,7 @@ from clip_finetune.engine import (
     eval_zero_shot,
     load_dataset,
 )
-from clip_finetune.engine.data.images.decoding import load_image, normalize
+from clip_finetune.engine.data.images.decoding import normalize
 from clip_finetune.engine.data.tokenizer import Tokenizer
 from clip_finetune.engine.evaluate import encoder
 from clip_finetune.engine.evaluate.suite import Candidate, Request, evaluate

@@ -20,10 +20,9 @@ from clip_finetune.engine.data.tools.detection import (
     TorchvisionDetector,
     coco_classes,
     parse_classes,
-    square_around,
-    squares_around,
 )
 from clip_finetune.engine.data.tools.prepare import Preparation, prepare_images
+from clip_finetune.engine.data.tools.variants import square_around, squares_around
 
 
 def contents(folder):
@@ -55,7 +54,7 @@ def source(tmp_path):
 def test_copies_carry_the_captions_and_their_origin_and_the_source_stays(source, tmp_path):
     before = contents(source)
     prepared = prepare_images(load_dataset(source), tmp_path / "new", Preparation(jitter_copies=2))
-    assert contents(source) == before and prepared.pictures == 15 and prepared.originals == 5
+    assert contents(source) == before and prepared.images == 15 and prepared.originals == 5
     made = load_dataset(tmp_path / "new")
     assert captions_of(made)["a_jitter2.png"] == ("caption of a",)
     assert captions_of(made)["sub/e_jitter1.jpg"] == ("one", "two")
@@ -112,11 +111,12 @@ def test_a_mirrored_copy_gets_no_caption_that_names_a_side(tmp_path):
     safe = prepare_images(load_dataset(folder), tmp_path / "safe", Preparation(flip="safe"))
     made = captions_of(load_dataset(tmp_path / "safe"))
     assert made["a_mirrored.png"] == ("a dog",) and "b_mirrored.png" not in made and "c_mirrored.png" in made
-    assert "3 captions name a side" in safe.notes[1]
+    assert "3 captions mention a side" in safe.notes[1]
     everything = prepare_images(load_dataset(folder), tmp_path / "all", Preparation(flip="all"))
     assert captions_of(load_dataset(tmp_path / "all"))["b_mirrored.png"] == ("turn it clockwise",)
     assert (
-        "3 captions name a side and are wrong" in everything.notes[1] and "'a dog on the left'" in everything.notes[1]
+        "3 captions mention a side and are wrong" in everything.notes[1]
+        and "'a dog on the left'" in everything.notes[1]
     )
     mirrored = Image.open(tmp_path / "all/c_mirrored.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     assert mirrored.tobytes() == Image.open(folder / "c.png").tobytes()
@@ -139,7 +139,7 @@ def test_what_lies_on_its_side_is_turned_and_odd_formats_become_png(tmp_path):
     names = ("a.png", "turned.JPG", "clear.webp", "a.jpg", "n" * 246 + ".png")
     (folder / "labels.json").write_text(json.dumps({name: [name] for name in names}))
     prepared = prepare_images(load_dataset(folder), tmp_path / "new", Preparation(jitter_copies=1))
-    assert prepared.pictures == 10 and prepared.left_out == ()
+    assert prepared.images == 10 and prepared.left_out == ()
     made = captions_of(load_dataset(tmp_path / "new"))
     assert made["turned.jpg"] == ("turned.JPG",) and made["clear.webp"] == made["clear_jitter1.png"] == ("clear.webp",)
     assert made["a_jitter1.png"] == ("a.png",) and made["a_jitter1.jpg"] == ("a.jpg",)
@@ -151,8 +151,8 @@ def test_broken_pictures_are_left_out_and_named(source, tmp_path):
     (source / "b.png").write_bytes(b"damaged")
     (source / "c.png").unlink()
     prepared = prepare_images(load_dataset(source), tmp_path / "new", Preparation(crop="centre"))
-    assert [name for name, _ in prepared.left_out] == ["b.png", "c.png"] and prepared.pictures == 3
-    assert "2 pictures were left out" in " ".join(prepared.notes)
+    assert [name for name, _ in prepared.left_out] == ["b.png", "c.png"] and prepared.images == 3
+    assert "2 images were left out" in " ".join(prepared.notes)
 
 
 def test_names_that_lead_out_or_collide_are_made_safe(tmp_path):
@@ -193,7 +193,7 @@ def test_every_object_is_a_picture_of_its_own(source, tmp_path):
     prepared = prepare_images(load_dataset(source), tmp_path / "new", settings, detector=finding(PERSON, DOG))
     made = captions_of(load_dataset(tmp_path / "new"))
     assert {"a_1_person.png", "a_1_person_jitter1.png", "a_2_dog.png", "a_2_dog_jitter1.png"} <= set(made)
-    assert prepared.pictures == 20 and made["a_2_dog.png"] == ("caption of a",)
+    assert prepared.images == 20 and made["a_2_dog.png"] == ("caption of a",)
     assert len(set(Image.open(tmp_path / "new/a_2_dog.png").size)) == 1
 
 
@@ -223,7 +223,7 @@ def test_classes_are_cocos_and_plurals_will_do():
     assert len(coco_classes()) == 80
     assert parse_classes(" Dogs, people ,hot dog, buses,") == {"dog", "person", "hot dog", "bus"}
     assert parse_classes("") == frozenset()
-    with pytest.raises(UserError, match="knows no 'dgo'; it knows dog"):
+    with pytest.raises(UserError, match="does not know 'dgo'; it knows dog"):
         parse_classes("dgo")
     with pytest.raises(UserError, match="also in never"):
         prepare._wanted(Preparation(crop="objects", only="dog", never="dogs"))
@@ -267,7 +267,7 @@ def test_a_detector_that_cannot_be_downloaded_is_told_before_and_after(source, t
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
     notes = []
-    with pytest.raises(UserError, match="could not be fetched") as refusal:
+    with pytest.raises(UserError, match="could not be downloaded") as refusal:
         prepare_images(
             load_dataset(source), tmp_path / "new", Preparation(crop="objects", detector="small"), on_note=notes.append
         )
@@ -333,10 +333,10 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(source, tmp_path, monkey
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({}, "Nothing is chosen"),
-        ({"crop": "round"}, "choose 'none' or 'centre'"),
-        ({"hue": 0.6}, "from 0.0 to 0.5"),
-        ({"jitter_copies": -1}, "from 0 to 20"),
+        ({}, "There is nothing to do"),
+        ({"crop": "round"}, "choose none or centre or objects"),
+        ({"hue": 0.6}, "between 0.0 and 0.5"),
+        ({"jitter_copies": -1}, "between 0 and 20"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, words):
@@ -371,14 +371,14 @@ def test_the_command_makes_a_data_set_and_info_reads_it(tmp_path, monkeypatch, c
     labels_folder(tmp_path / "colours", 6)
     assert main(["prepare", "colours", "new", "--jitter-copies", "2", "--flip", "safe", "--seed", "4"]) == 0
     said = capsys.readouterr().err
-    assert "24 pictures were made from 6" in said and "Wrote new." in said
+    assert "24 images were made from 6" in said and "Wrote new." in said
     assert main(["info", "new", "--json", "new.json"]) == 0
     facts = json.loads(Path("new.json").read_text())
     assert facts["images"] == 24 and facts["originals"] == 6 and facts["broken"] == []
     assert main(["prepare", "colours", "new", "--crop", "centre"]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("clip-finetune prepare: new is already there")
     assert main(["prepare", "colours", "newer"]) == 1
-    assert "Nothing is chosen" in capsys.readouterr().err
+    assert "There is nothing to do" in capsys.readouterr().err
 
 
 def test_real_photographs_are_prepared(shared_data, tmp_path):
@@ -387,7 +387,7 @@ def test_real_photographs_are_prepared(shared_data, tmp_path):
     settings = Preparation(crop="objects", jitter_copies=1, flip="safe")
     prepared = prepare_images(dataset, tmp_path / "new", settings, detector=boxes)
     made = load_dataset(tmp_path / "new")
-    assert prepared.left_out == () and made.missing() == [] and len(made) == prepared.pictures >= 115
+    assert prepared.left_out == () and made.missing() == [] and len(made) == prepared.images >= 115
     for index in range(0, len(made), 10):
         picture = numpy.asarray(Image.open(made.path(index)))
         assert picture.shape[0] == picture.shape[1] and picture.std() > 5

@@ -12,7 +12,7 @@ from image_folders import captioned, class_folder, labels_folder, noise, turned
 from PIL import Image
 
 from clip_finetune.engine import combine_datasets, load_dataset, split_dataset
-from clip_finetune.engine.cli.info import describe_dataset, in_words
+from clip_finetune.engine.cli.info import as_text, describe_dataset
 from clip_finetune.engine.data.images.decoding import decode
 from clip_finetune.engine.data.tools.findings import advice, report_text
 from clip_finetune.engine.data.tools.inspect import inspect_dataset, sample_images
@@ -43,7 +43,7 @@ def test_every_kind_of_damage_is_named_with_its_reason(tmp_path):
     assert found.missing == ("e.jpg",) and reasons["e.jpg"] == "the file is not there"
     assert len(found.sizes) == 2 and found.images == 6
     report = report_text(found)
-    assert "3 pictures are broken" in report and "1 picture has a caption but is not there" in report
+    assert "3 images are broken" in report and "1 image has a caption but is not there" in report
 
 
 def test_pictures_of_every_kind_are_sound(tmp_path):
@@ -129,7 +129,7 @@ def recompressed(picture, quality):
     return Image.open(stream).convert("RGB")
 
 
-# Of 100 copies of a kind as many are found at least; measured on all 800: 100, 100, 100, 100, 98, 97.
+# Of 100 copies of a kind at least this many are found; measured on all 800: 100, 100, 100, 100, 98, 97.
 RECALL = {"cropped by 2 %": 0.94, "colour-jittered": 0.93}
 
 
@@ -232,7 +232,7 @@ def test_uneven_classes_are_told(tmp_path):
         noise(n).save(folder / f"red/more{n}.png")
     found = inspect_dataset(load_dataset(folder))
     assert found.classes == {"blue": 1, "green": 1, "red": 31, "yellow": 1}
-    assert any("red has 31 pictures" in words for words in advice(found))
+    assert any("red has 31 images" in words for words in advice(found))
 
 
 def test_copies_of_one_picture_are_no_duplicates_of_each_other(tmp_path):
@@ -251,7 +251,7 @@ def test_the_report_stays_short_and_the_facts_whole(tmp_path):
     facts = describe_dataset(load_dataset(folder))
     assert len(facts["broken"]) == 40 and facts["kind"] == "dataset" and facts["images"] == 60
     assert json.loads(json.dumps(facts)) == facts
-    assert len(in_words(facts).splitlines()) < 60 and "… and 30 more" in in_words(facts)
+    assert len(as_text(facts).splitlines()) < 60 and "… and 30 more" in as_text(facts)
     assert "… and 32 more" in report_text(inspect_dataset(load_dataset(folder)))
 
 
@@ -260,7 +260,7 @@ def test_a_data_set_without_one_good_picture_is_reported_like_any_other(tmp_path
     for file in folder.glob("*.png"):
         file.write_bytes(b"")
     found = inspect_dataset(load_dataset(folder))
-    assert len(found.broken) == 3 and "3 pictures are broken" in report_text(found)
+    assert len(found.broken) == 3 and "3 images are broken" in report_text(found)
     assert sample_images(load_dataset(folder), 5) == []
     assert dataset_chart(found.token_counts, 77, found.sizes.tolist(), found.classes).mode == "RGB"
 

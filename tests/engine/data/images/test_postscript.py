@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from clips import random_clip
-from image_folders import class_folder, labels_folder
+from image_folders import class_folder, labels_folder, load_image
 from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 
 from clip_finetune.engine import cli, load_dataset, save_full_clip
-from clip_finetune.engine.data.images.decoding import decode, decode_plain_jpeg, load_image
+from clip_finetune.engine.data.images.decoding import decode, decode_plain_jpeg
 from clip_finetune.engine.data.images.image_files import BrokenImage, image_formats, open_image
 from clip_finetune.engine.data.images.transforms import Transform
 from clip_finetune.engine.data.tools.inspect import inspect_dataset, sample_images
@@ -67,7 +67,7 @@ def test_no_function_that_opens_images_starts_a_program(mark, tmp_path, content)
     with pytest.raises(UnidentifiedImageError):
         open_image(file)
     for read in (decode, lambda path: load_image(path, 32), lambda path: Transform(image_size=32).load(path)):
-        with pytest.raises(BrokenImage, match="not a picture that Pillow can open"):
+        with pytest.raises(BrokenImage, match="not an image that Pillow can open"):
             read(file)
     with pytest.raises(BrokenImage):
         Transform(image_size=32, resize="fast").load(file)
@@ -91,7 +91,7 @@ def test_pillow_opens_files_in_one_place_only():
         for line in file.read_text(encoding="utf-8").splitlines()
         if re.search(r"Image\.open\(|read_image\(|decode_image\(|imread\(", line)
     ]
-    assert calls == ["engine/data/images/image_files.py: return Image.open(opener_of(place), formats=image_formats())"]
+    assert calls == ["engine/data/images/image_files.py: return Image.open(_source(path), formats=image_formats())"]
 
 
 @pytest.fixture
