@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from PIL.Image import Image
@@ -216,23 +215,16 @@ def evaluate(
     results, notes = [], Notes(on_note)
     for role, file, full_clip in candidates:
         encoder = Encoder.of(full_clip, **runtime)
-        with _naming(file):
+        try:
             images = encode_images(encoder, dataset)
             measured = {each.name: each.run(encoder, dataset, request, images) for each in evaluators}
+        except BrokenModel as error:  # of several models, say which
+            raise BrokenModel(f"{file}: {error}" if file else str(error)) from error
         counts = [result.images for name, result in measured.items() if name != TYPOGRAPHIC.name]  # it counts attacks
         results.append(ModelResult(role, file, counts[-1] if counts else len(images.samples), measured))
         for result in measured.values():
             notes.extend((*full_clip.notes, *result.notes))
     return results
-
-
-@contextlib.contextmanager
-def _naming(file: str | None) -> Iterator[None]:
-    """Say which of several models is broken."""
-    try:
-        yield
-    except BrokenModel as error:
-        raise BrokenModel(f"{file}: {error}" if file else str(error)) from error
 
 
 def rows_of(results: Sequence[ModelResult]) -> Rows:

@@ -18,7 +18,6 @@ from PIL.Image import Image
 
 from .tables import Rows
 
-MAX_BYTES = 2_000_000  # of a page, roughly
 _MAX_LETTERS, _MAX_ROWS = 2000, 500  # of one text; of one table
 _IMAGE_BYTES = 1_500_000  # for all images of a page together, as base64
 _CHART_BYTES, _THUMBNAIL_BYTES = 250_000, 25_000
