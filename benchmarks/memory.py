@@ -20,10 +20,12 @@ from clip_finetune.engine.bench.work import ARCHITECTURES, most_allocated, rando
 from clip_finetune.engine.clip.gmp import to_gmp
 from clip_finetune.engine.clip.network import random_full_clip
 from clip_finetune.engine.errors import UserError
+from clip_finetune.engine.notes import Notes
 from clip_finetune.engine.train.config import TrainConfig
 from clip_finetune.engine.train.device import resolve_device, resolve_precision
-from clip_finetune.engine.train.memory import forecast, require_memory
-from clip_finetune.engine.train.step import TrainingStep
+from clip_finetune.engine.train.run.results import Callbacks
+from clip_finetune.engine.train.setup import Plan
+from clip_finetune.engine.train.step import TrainingStep, build_weights
 
 
 def kinds(card: bool, limit: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -59,25 +61,19 @@ def main(arguments: Sequence[str]) -> None:
     for pairs, settings in kinds(card, limit):
         config = TrainConfig.from_flat(batch_size=pairs, **settings)
         told = ", ".join(f"{key} {value}" for key, value in settings.items()) or "default"
-        work = TrainingStep(
-            to_gmp(model) if config.gmp else model,
-            config,
-            device=device,
-            precision=precision,
-            batch_size=pairs,
-            total_steps=10,
-            say=print,
-        )
+        plan = Plan(device=device, precision=precision, batch_size=pairs, steps_per_epoch=10, total_steps=10)
+        weights = build_weights(to_gmp(model) if config.gmp else model, config, plan)
+        work = TrainingStep(weights, config, plan, callbacks=Callbacks(Notes(print)))
         batch = random_batch(model.architecture, pairs)
-        length = work.cut(batch.tokens).shape[1]
+        length = work.trim(batch.tokens).shape[1]
         try:
-            require_memory(work, pairs, length)
+            work.memory().require(pairs, length, device, ())
         except UserError as error:
             print(f"| {told} | {pairs} | | refused: {error} | | |")
             continue
         work(batch, 0)  # which makes the optimizer's moments
         work.optimizer.zero_grad(set_to_none=True)
-        found = forecast(work, pairs, work.micro_batch, length)
+        found = work.memory().forecast(pairs, work.micro_batch, length)
         fixed = found.weights + found.optimizer
         taken = fixed + most_allocated(lambda work=work, batch=batch: work(batch, 1), device)
         print(

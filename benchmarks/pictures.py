@@ -17,15 +17,19 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
-from clip_finetune.engine.data.dataset import load_dataset
-from clip_finetune.engine.data.feature_cache import FeatureCache
+from clip_finetune.engine.data.dataset import ClipDataset, load_dataset
+from clip_finetune.engine.data.decoded_images import DecodedImages
+from clip_finetune.engine.data.feature_cache import FeatureCache, FeatureSpec
 from clip_finetune.engine.data.images.image_cache import ImageCache
 from clip_finetune.engine.data.images.transforms import Transform
-from clip_finetune.engine.data.loader import THREADS, Pictures, TrainLoader
+from clip_finetune.engine.data.loader import LoaderOptions, TrainLoader
+from clip_finetune.engine.data.sampler import CaptionsConfig
+from clip_finetune.engine.data.threads import THREADS
 from clip_finetune.engine.data.tokenizer import Tokenizer
 
 SIZE = 224
@@ -90,6 +94,11 @@ def _painted(side: int) -> Image.Image:
     return Image.fromarray(((smooth + grain).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
 
 
+def _loader(dataset: ClipDataset, **options: Any) -> TrainLoader:
+    transform = Transform(image_size=SIZE)
+    return TrainLoader(dataset, Tokenizer(77), transform, CaptionsConfig(), LoaderOptions(**options))
+
+
 def from_the_cache(folder: Path) -> None:
     """The rate of whole batches, from the second epoch on."""
     count, batch = 2000, 100
@@ -102,7 +111,7 @@ def from_the_cache(folder: Path) -> None:
         labels[f"{index:05}.jpg"] = f"a picture with the number {index}"
     (place / "labels.json").write_text(json.dumps(labels))
     cache = ImageCache(folder / "cache", say=print)
-    loader = TrainLoader(load_dataset(place), SIZE, Tokenizer(77), batch, 0, cache=cache)
+    loader = _loader(load_dataset(place), batch_size=batch, cache=cache)
     batches, steps = loader.iterate(), count // batch
     spent = []
     for _ in range(6):
@@ -132,8 +141,8 @@ def of_any_number(folder: Path) -> None:
         began = time.perf_counter()
         dataset = load_dataset(place)
         opened = time.perf_counter()
-        loader = TrainLoader(dataset, SIZE, Tokenizer(77), BATCH, 0)
-        loader.pictures = Pictures(dataset, loader.pictures.transform, memory_bytes=0)
+        loader = _loader(dataset, batch_size=BATCH)
+        loader.images = DecodedImages(dataset, loader.images.transform, memory_bytes=0)
         loader.probe()
         batches[count] = loader.iterate()
         next(batches[count])
@@ -166,16 +175,16 @@ def with_kept_features(folder: Path) -> None:
     labels = {f"{index:05}/../0.jpg": f"a picture with the number {index}" for index in range(count)}
     (place / "labels.json").write_text(json.dumps(labels))
     dataset = load_dataset(place)
-    kept = FeatureCache(dataset, Transform(image_size=SIZE), (768,), torch.bfloat16, "benchmark")
+    kept = FeatureCache(dataset, Transform(image_size=SIZE), FeatureSpec((768,), torch.bfloat16, "benchmark"))
     for index in range(count):
         kept.put(index, 0, torch.zeros(768))
-    loader = TrainLoader(dataset, SIZE, Tokenizer(77), batch, 0, kept=kept)
+    loader = _loader(dataset, batch_size=batch, feature_cache=kept)
     batches = loader.iterate()
     spent = []
     for _ in range(4):
         began = time.perf_counter()
         for _ in range(rounds):
-            torch.stack(list(next(batches)[1].kept))
+            torch.stack(list(next(batches)[1].features))
         spent.append(time.perf_counter() - began)
     loader.close()
     first, later = (rounds * batch / seconds for seconds in (spent[0], min(spent[1:])))

@@ -27,8 +27,6 @@ KNOWN_CIRCLES = [
     ["engine.clip.full_clip", "engine.clip.variants.long_clip"],
     ["engine.data.dataset", "engine.data.fingerprint"],
     ["engine.data.images.decoding", "engine.data.images.transforms"],
-    ["engine.train.frozen_features", "engine.train.memory", "engine.train.step"],
-    ["engine.train.run.description", "engine.train.run.report", "engine.train.trainer"],
 ]
 HOST = {"comfy", "comfy_api", "folder_paths", "server", "nodes", "execution"}
 FILES = [path for top in ("engine", "nodes") for path in sorted((ROOT / top).rglob("*.py"))]

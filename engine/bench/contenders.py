@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import importlib.util
 import io
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,8 @@ from ..data.loader import Batch
 from ..train.config import TrainConfig
 from ..train.device import DTYPES
 from ..train.frozen_features import FrozenFeatures
-from ..train.step import TrainingStep
+from ..train.setup import Plan
+from ..train.step import TrainingStep, build_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,25 +61,24 @@ class OurStep:
         config = TrainConfig.from_flat(batch_size=batch.pairs, precision=precision, gmp=gmp, towers=towers, **settings)
         if gmp:
             model = to_gmp(model)
-        self.step = TrainingStep(
-            model, config, device=device, precision=precision, batch_size=batch.pairs, total_steps=1000
-        )
+        plan = Plan(device=device, precision=precision, batch_size=batch.pairs, steps_per_epoch=1000, total_steps=1000)
+        weights = build_weights(model, config, plan)
+        frozen_vision = None
+        if towers == "text":  # its cache is never asked, because batches bring all features
+            frozen_vision = FrozenFeatures(weights.network, device, None, cache=None)  # type: ignore[arg-type]
+        self.step = TrainingStep(weights, config, plan, frozen_vision=frozen_vision)
         self.optimizer, self.done = self.step.optimizer, 0
-        if towers == "text":
-            self._keep_features(batch)
+        # As from the second epoch on: the features of the frozen vision tower are cached, and no image is read.
+        self.features = self._features(batch) if frozen_vision else None
 
-    def _keep_features(self, batch: Batch) -> None:
-        """As from the second epoch on: what the frozen vision tower gives is there, and no picture is read."""
+    def _features(self, batch: Batch) -> list[Tensor]:
+        network = self.step.network
         with torch.no_grad():
-            self.features = self.step.network.encode_image(self.step.pictures(batch.images)).cpu()
-        like = self.features
-        self.step.frozen_vision = FrozenFeatures(
-            self.step, None, types.SimpleNamespace(shape=tuple(like.shape[1:]), dtype=like.dtype)
-        )
+            return list(network.encode_image(normalize(batch.images.to(self.step.device), network.dtype)).cpu())
 
     def __call__(self, batch: Batch) -> Tensor:
-        if self.step.frozen_vision is not None:
-            batch = batch._replace(images=batch.images[:0], kept=list(self.features), views=[0] * batch.pairs)
+        if self.features is not None:
+            batch = batch._replace(images=batch.images[:0], features=self.features, views=[0] * batch.pairs)
         loss = self.step(batch, self.done).loss
         self.done += 1
         return loss

@@ -1,7 +1,8 @@
-"""What the frozen part of a vision tower makes of each picture, kept so that it runs once."""
+"""Cached outputs of the frozen part of a vision tower, so that it runs once per image."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import threading
 
@@ -15,68 +16,74 @@ from .images.transforms import Transform
 MEMORY_BYTES = 512 * 2**20
 
 
-class FeatureCache:
-    """Tensors of `shape` and `dtype` by sample and view: in memory up to a bound, and in the cache of pictures.
+@dataclasses.dataclass(frozen=True)
+class FeatureSpec:
+    """The tensors of a feature cache.
 
-    `made_by` says what made them: another one finds nothing of it in the cache, nor does a picture whose file changed.
-    A transform with chance has `views` variants of each picture; one without has one. Safe to use from several threads.
+    `made_by` identifies the network: features of another one are not found. With a random transform each image has
+    `views` variants, which take turns by epoch; without one it has a single view.
     """
 
-    def __init__(
-        self,
-        dataset: ClipDataset,
-        transform: Transform,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        made_by: str,
-        *,
-        views: int = 1,
-        cache: ImageCache | None = None,
-    ):
-        self.dataset, self.transform, self.cache, self.views = dataset, transform, cache, views
-        self.shape, self.dtype, self.made_by = shape, dtype, made_by
-        self._kept: dict[tuple[int, int], Tensor] = {}
-        self._bytes = torch.Size(shape).numel() * dtype.itemsize
-        self._room = MEMORY_BYTES
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    made_by: str
+    views: int = 1
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one tensor."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class FeatureCache:
+    """Tensors by sample and view, in up to `MEMORY_BYTES` of memory and in the image cache.
+
+    The features of an image whose file has changed are not found. Safe to use from several threads.
+    """
+
+    def __init__(self, dataset: ClipDataset, transform: Transform, spec: FeatureSpec, cache: ImageCache | None = None):
+        self.dataset, self.transform, self.spec, self.cache = dataset, transform, spec, cache
+        self._memory: dict[tuple[int, int], Tensor] = {}
+        self._free_bytes = MEMORY_BYTES
         self._lock = threading.Lock()
 
     def view_of(self, epoch: int) -> int:
-        return epoch % self.views
+        return epoch % self.spec.views
 
-    def at_hand(self, sample: int, view: int) -> Tensor | None:
-        """As `get`, but only what is in memory."""
-        return self._kept.get((sample, view))
+    def in_memory(self, sample: int, view: int) -> Tensor | None:
+        return self._memory.get((sample, view))
 
     def get(self, sample: int, view: int) -> Tensor | None:
-        """The tensor on the CPU, or None for one that is not here."""
-        found = self.at_hand(sample, view)
-        if found is not None or self.cache is None:
-            return found
-        stored = self.cache.get(self._key(sample, view))
+        """Return the tensor on the CPU, or None if it is not cached."""
+        features = self.in_memory(sample, view)
+        if features is not None or self.cache is None:
+            return features
+        stored = self.cache.get(self._key(self.cache, sample, view))
         if stored is None:
             return None
-        found = stored.view(-1)[: self._bytes].view(self.dtype).view(self.shape)
-        self._keep(sample, view, found)
-        return found
+        features = stored.view(-1)[: self.spec.bytes].view(self.spec.dtype).view(self.spec.shape)
+        self._remember(sample, view, features)
+        return features
 
     def put(self, sample: int, view: int, features: Tensor) -> None:
-        features = features.detach().to("cpu", self.dtype, copy=True)
-        self._keep(sample, view, features)
+        features = features.detach().to("cpu", self.spec.dtype, copy=True)
+        self._remember(sample, view, features)
         if self.cache is not None:
-            # The cache holds pictures of three channels.
-            stored = torch.zeros(-(-self._bytes // 3) * 3, dtype=torch.uint8)
-            stored[: self._bytes] = features.reshape(-1).view(torch.uint8)
-            self.cache.put(self._key(sample, view), stored.view(3, 1, -1))
+            # The image cache holds uint8 [3, h, w], so the bytes are padded to a multiple of three.
+            stored = torch.zeros(-(-self.spec.bytes // 3) * 3, dtype=torch.uint8)
+            stored[: self.spec.bytes] = features.reshape(-1).view(torch.uint8)
+            self.cache.put(self._key(self.cache, sample, view), stored.view(3, 1, -1))
 
-    def _keep(self, sample: int, view: int, features: Tensor) -> None:
+    def _remember(self, sample: int, view: int, features: Tensor) -> None:
         with self._lock:
-            if self._room >= self._bytes and (sample, view) not in self._kept:
-                self._room -= self._bytes
-                self._kept[sample, view] = features
+            if self._free_bytes >= self.spec.bytes and (sample, view) not in self._memory:
+                self._free_bytes -= self.spec.bytes
+                self._memory[sample, view] = features
 
-    def _key(self, sample: int, view: int) -> bytes | None:
-        picture = self.cache.key(self.dataset.path(sample), self.transform)
-        if picture is None:
+    def _key(self, cache: ImageCache, sample: int, view: int) -> bytes | None:
+        image_key = cache.key(self.dataset.path(sample), self.transform)
+        if image_key is None:
             return None
-        made = f"{self.made_by}\0{self.shape}\0{self.dtype}\0{view}\0{self.transform.chance_name}"
-        return hashlib.blake2b(picture + made.encode(), digest_size=16).digest()
+        spec = self.spec
+        source = f"{spec.made_by}\0{spec.shape}\0{spec.dtype}\0{view}\0{self.transform.augmentation_name}"
+        return hashlib.blake2b(image_key + source.encode(), digest_size=16).digest()

@@ -1,48 +1,46 @@
-"""From a data set to batches: pictures decoded ahead by threads, with the captions and the chance of their turn."""
+"""Training data loader: decodes images in background threads and yields batches."""
 
 from __future__ import annotations
 
 import array
-import collections
-import os
-import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+import dataclasses
+import itertools
+from collections.abc import Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 from .dataset import ClipDataset
+from .decoded_images import DecodedImages, allowed_broken, too_many_broken
 from .feature_cache import FeatureCache
-from .images.decoding import BrokenImage, MissingImage
+from .images.decoding import MissingImage
 from .images.image_cache import ImageCache
 from .images.transforms import Transform
-from .sampler import CaptionPolicy, Pair, Sampler, rng_of
+from .sampler import CaptionsConfig, Pair, Sampler, rng_of
+from .threads import THREADS, ordered
 from .tokenizer import Tokenizer
 
-T = TypeVar("T")
-R = TypeVar("R")
-
-# Threads serve inside ComfyUI and outside alike: decoders, resizers and copies work without holding Python's lock.
-THREADS = min(16, os.cpu_count() or 1)
-MEMORY_BYTES = 512 * 2**20
-# How many pictures are decoded before a training begins, to see whether they are broken.
-_PROBED = 64
+_PROBED = 64  # images that are decoded before a training begins, to see whether they are broken
 
 
 class Batch(NamedTuple):
-    """`images` uint8 [b, 3, s, s], `tokens` int64 [b, context]; `originals` and `texts` int64 [b], equal where two
-    pairs share the picture or the caption; `indices` into the data set. A picture with features that are kept, which
-    `kept` has in its place, is not among the images; `views` go with it."""
+    """One training batch.
+
+    `images` uint8 [m, 3, s, s] and `tokens` int64 [b, context]. `originals` and `texts` int64 [b] hold equal numbers
+    where two pairs share an image or a caption. `indices` are samples of the dataset. `features` has the cached
+    features of each pair, or None; an image with cached features is not among `images`, so m <= b. `views` says which
+    variant of its image each pair has.
+    """
 
     images: Tensor
     tokens: Tensor
     originals: Tensor
     texts: Tensor
     indices: list[int]
-    kept: Sequence[Tensor | None] = ()
+    features: Sequence[Tensor | None] = ()
     views: Sequence[int] = ()
 
     @property
@@ -50,286 +48,178 @@ class Batch(NamedTuple):
         return len(self.tokens)
 
 
-class Pictures:
-    """The pictures of a data set by sample, each decoded once: kept in a cache on the disk, and what is not there in
-    memory, up to a bound. `broken` are the names and reasons of those that could not be decoded."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoaderOptions:
+    """`max_broken` is the share of the dataset's images that may be broken before the training stops."""
 
-    def __init__(
-        self,
-        dataset: ClipDataset,
-        transform: Transform,
-        cache: ImageCache | None = None,
-        memory_bytes: int = MEMORY_BYTES,
-    ):
-        self.dataset, self.transform, self.cache = dataset, transform, cache
-        self.broken: dict[str, str] = {}
-        self._kept: dict[int, Tensor] = {}
-        self._room = memory_bytes
-        self._lock = threading.Lock()
-
-    def base(self, index: int) -> Tensor | None:
-        """What `Transform.base` gives, or None for a broken picture, whose reason is noted. Raises `MissingImage`."""
-        if index in self._kept:
-            return self._kept[index]
-        path = self.dataset.path(index)
-        key = None
-        if self.cache is not None:
-            key = self.cache.key(path, self.transform)
-            picture = self.cache.get(key)
-            if picture is not None:
-                return picture
-        try:
-            picture = self.transform.base(path)
-        except MissingImage:
-            raise
-        except BrokenImage as error:
-            with self._lock:
-                self.broken[self.dataset.names[index]] = str(error)
-            return None
-        # A file that was written to meanwhile has another key now.
-        if self.cache is not None and key == self.cache.key(path, self.transform) and self.cache.put(key, picture):
-            return picture
-        with self._lock:
-            if self._room >= picture.nbytes:
-                self._room -= picture.nbytes
-                self._kept[index] = picture
-        return picture
+    batch_size: int
+    seed: int = 0
+    max_broken: float = 1.0
+    cache: ImageCache | None = None
+    feature_cache: FeatureCache | None = None
 
 
 class TrainLoader:
-    """Batches of a training. Which pairs a step has depends on the seed and the step alone."""
+    """Batches of a training. The pairs of a step depend on the seed and the step alone, not on the threads.
+
+    `truncated` holds a hash of each caption seen so far that did not fit the context.
+    """
 
     def __init__(
         self,
         dataset: ClipDataset,
-        image_size: int,
         tokenizer: Tokenizer,
-        batch_size: int,
-        seed: int,
-        *,
-        transform: Transform | None = None,
-        policy: CaptionPolicy | None = None,
-        cache: ImageCache | None = None,
-        max_broken: float = 1.0,
-        kept: FeatureCache | None = None,
+        transform: Transform,
+        captions: CaptionsConfig,
+        options: LoaderOptions,
     ):
-        self.kept = kept
-        self.dataset, self.tokenizer, self.batch_size = dataset, tokenizer, batch_size
-        self.epochs = Sampler(dataset, seed, policy)
-        self.steps_per_epoch = self.epochs.length // batch_size
-        self.pictures = Pictures(dataset, transform or Transform(image_size=image_size), cache)
-        self.max_broken = max_broken
-        self.cut: set[int] = set()  # hashes of the captions that did not fit
-        self._originals = array.array("q", bytes(8 * len(dataset)))  # hashes of their places, 0 before the first turn
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="clip-finetune-pictures")
+        self.dataset, self.tokenizer, self.options = dataset, tokenizer, options
+        self.sampler = Sampler(dataset, options.seed, captions)
+        self.steps_per_epoch = self.sampler.length // options.batch_size
+        self.images = DecodedImages(dataset, transform, options.cache)
+        self.truncated: set[int] = set()
+        self._originals = array.array("q", bytes(8 * len(dataset)))  # hashes of original paths; 0: not needed yet
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="clip-finetune-images")
 
     @property
     def broken(self) -> dict[str, str]:
-        """Names and reasons of the pictures that could not be decoded; they are missing in their batches."""
-        return self.pictures.broken
+        """Names and reasons of images that could not be decoded; their batches come without them."""
+        return self.images.broken
 
     def probe(self) -> None:
-        """Decode some pictures, evenly spread. Raises `UserError` if clearly more of them are broken than may be."""
+        """Decode some images from all over the dataset. Raises `UserError` if clearly too many of them are broken."""
         count = len(self.dataset)
-        probed = [place * count // _PROBED for place in range(_PROBED)] if count > _PROBED else range(count)
-        for _ in _ordered(self._pool, self._base, probed, len(probed)):
+        indices = [number * count // _PROBED for number in range(_PROBED)] if count > _PROBED else range(count)
+        for _ in ordered(self._pool, self._base, indices, len(indices)):
             pass
-        allowed = allowed_broken(self.max_broken, len(probed))
-        # Of a part, by three standard deviations, so that chance does not refuse a good data set.
-        doubt = 3 * allowed**0.5 if len(probed) < count else 0.0
-        if len(self.broken) > allowed + doubt:
-            raise self._too_many(len(probed))
+        allowed = allowed_broken(self.options.max_broken, len(indices))
+        # Only a part was decoded: allow three standard deviations more, so that bad luck refuses no good dataset.
+        margin = 3 * allowed**0.5 if len(indices) < count else 0.0
+        if len(self.broken) > allowed + margin:
+            raise self._too_many_broken(len(indices))
 
     def iterate(self, start_step: int = 0) -> Iterator[tuple[int, Batch]]:
-        """(steps done before, batch) from optimizer step `start_step` (0-based) on, without end.
+        """Yield (steps done before, batch) from optimizer step `start_step` (0-based) on, without end.
 
-        Raises `UserError` for a batch with fewer than two good pictures, and once more than `max_broken` of the data
-        set are known to be broken.
+        Raises `UserError` for a batch with fewer than two good images, and once more than `max_broken` of the dataset
+        are known to be broken.
         """
-        allowed = allowed_broken(self.max_broken, len(self.dataset))
-        for step, samples in self._decoded(start_step):
+        size = self.options.batch_size
+        allowed = allowed_broken(self.options.max_broken, len(self.dataset))
+        samples = ordered(self._pool, self._load, self._pairs(start_step), 2 * size + THREADS, self._load_from_memory)
+        for step in itertools.count(start_step):
+            batch = list(itertools.islice(samples, size))
             if len(self.broken) > allowed:
-                raise self._too_many(len(self.dataset))
-            good = [sample for sample in samples if sample.image is not None or sample.kept is not None]
+                raise self._too_many_broken(len(self.dataset))
+            good = [sample for sample in batch if sample.image is not None or sample.features is not None]
             if len(good) < 2:
-                name, reason = next(iter(self.broken.items()))
-                raise UserError(
-                    f"Of the {len(samples)} pictures of a batch {len(good)} could be opened (for example {name}: "
-                    f"{reason}); run clip-finetune info on the data set to see which are broken."
-                )
-            yield (
-                step,
-                Batch(
-                    self._stacked([sample.image for sample in good if sample.image is not None]),
-                    self.tokenizer(sample.pair.caption for sample in good),
-                    _numbered([sample.original for sample in good]),
-                    _numbered([sample.pair.meaning for sample in good]),
-                    [sample.pair.sample for sample in good],
-                    [sample.kept for sample in good],
-                    [sample.view for sample in good],
-                ),
-            )
+                raise self._too_few_images(len(good))
+            yield step, self._batch(good)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _turns(self, start_step: int) -> Iterator[tuple[int, int, Pair]]:
-        """(step, epoch, pair) of every turn from a step on."""
-        number, position = divmod(start_step, self.steps_per_epoch)
+    def _pairs(self, start_step: int) -> Iterator[tuple[int, Pair]]:
+        """Yield (epoch, pair) from a step on."""
+        size = self.options.batch_size
+        epoch, step = divmod(start_step, self.steps_per_epoch)
         while True:
-            epoch = self.epochs.epoch(number)
-            for place in range(position * self.batch_size, self.steps_per_epoch * self.batch_size):
-                yield number * self.steps_per_epoch + place // self.batch_size, number, epoch[place]
-            number, position = number + 1, 0
+            pairs = self.sampler.epoch(epoch)
+            for position in range(step * size, self.steps_per_epoch * size):
+                yield epoch, pairs[position]
+            epoch, step = epoch + 1, 0
 
-    def _decoded(self, start_step: int) -> Iterator[tuple[int, list[_Sample]]]:
-        samples: list[_Sample] = []
-        turns, ahead = self._turns(start_step), 2 * self.batch_size + THREADS
-        for sample in _ordered(self._pool, self._sample, turns, ahead, self._at_hand):
-            samples.append(sample)
-            if len(samples) == self.batch_size:
-                yield sample.step, samples
-                samples = []
+    # ---- one pair; in the background -------------------------------------------------------------------------------
 
-    def _at_hand(self, turn: tuple[int, int, Pair]) -> _Sample | None:
-        """The sample of a turn for which no thread is needed."""
-        if self.kept is None:
+    def _load_from_memory(self, item: tuple[int, Pair]) -> _Sample | None:
+        """Return a pair whose image has features in memory; such a pair needs no thread."""
+        cache = self.options.feature_cache
+        if cache is None:
             return None
-        step, epoch, pair = turn
-        view = self.kept.view_of(epoch)
-        kept = self.kept.at_hand(pair.sample, view)
-        return None if kept is None else self._complete(step, pair, None, kept, view)
+        epoch, pair = item
+        view = cache.view_of(epoch)
+        features = cache.in_memory(pair.sample, view)
+        return None if features is None else self._sample(pair, None, features, view)
 
-    def _sample(self, turn: tuple[int, int, Pair]) -> _Sample:
-        step, epoch, pair = turn
-        view = self.kept.view_of(epoch) if self.kept is not None else 0
-        kept = self.kept.get(pair.sample, view) if self.kept is not None else None
-        image = None if kept is not None else self._image(pair, epoch, view)
-        if image is None and kept is None:
-            return _Sample(step, pair, None, 0)
-        return self._complete(step, pair, image, kept, view)
+    def _load(self, item: tuple[int, Pair]) -> _Sample:
+        epoch, pair = item
+        cache = self.options.feature_cache
+        view = cache.view_of(epoch) if cache is not None else 0
+        features = cache.get(pair.sample, view) if cache is not None else None
+        image = None if features is not None else self._image(pair, epoch, view)
+        if image is None and features is None:
+            return _Sample(pair, None, None, 0, 0)
+        return self._sample(pair, image, features, view)
 
-    def _complete(self, step: int, pair: Pair, image: Tensor | None, kept: Tensor | None, view: int) -> _Sample:
-        if self.tokenizer.truncated(pair.caption):  # which keeps the tokens, too
-            self.cut.add(hash(pair.caption))
+    def _sample(self, pair: Pair, image: Tensor | None, features: Tensor | None, view: int) -> _Sample:
+        if self.tokenizer.truncated(pair.caption):  # this also caches the caption's token ids, in the background
+            self.truncated.add(hash(pair.caption))
         original = self._originals[pair.sample]
         if not original:
             original = self._originals[pair.sample] = hash(self.dataset.original(pair.sample))
-        return _Sample(step, pair, image, original, kept, view)
+        return _Sample(pair, image, features, view, original)
 
     def _image(self, pair: Pair, epoch: int, view: int) -> Tensor | None:
-        """The picture of a turn; a view that is kept is the same in each epoch that it comes in."""
-        base, transform = self._base(pair.sample), self.pictures.transform
+        """Return the augmented image. With a feature cache it depends on the view, so that it comes again."""
+        base, transform = self._base(pair.sample), self.images.transform
         if base is None or not transform.is_random:
             return base
-        seed = self.epochs.seed
-        turn = (seed, epoch, pair.entry, "picture") if self.kept is None else (seed, view, pair.sample, "view")
-        return transform.finish(base, rng_of(*turn))
-
-    def _stacked(self, images: list[Tensor]) -> Tensor:
-        size = self.pictures.transform.image_size
-        return torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
+        # The words are part of the seed: other words would change every training.
+        if self.options.feature_cache is None:
+            rng = rng_of(self.options.seed, epoch, pair.entry, "picture")
+        else:
+            rng = rng_of(self.options.seed, view, pair.sample, "view")
+        return transform.finish(base, rng)
 
     def _base(self, index: int) -> Tensor | None:
         try:
-            return self.pictures.base(index)
+            return self.images.base(index)
         except MissingImage as error:
             raise UserError(
-                f"{self.dataset.path(index)} was there when the training began and is gone; put it back and start the "
-                "same run again: it goes on from where it is. Without the picture it is another run."
+                f"{self.dataset.path(index)} was deleted during the training. Put it back and start the same run "
+                "again to continue it; without this image it would be another run."
             ) from error
 
-    def _too_many(self, looked_at: int) -> UserError:
-        return too_many_broken(self.broken, looked_at, self.max_broken, self.dataset.name)
+    # ---- a batch ---------------------------------------------------------------------------------------------------
+
+    def _batch(self, samples: Sequence[_Sample]) -> Batch:
+        images = [sample.image for sample in samples if sample.image is not None]
+        size = self.images.transform.image_size
+        return Batch(
+            torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8),
+            self.tokenizer(sample.pair.caption for sample in samples),
+            _group_numbers([sample.original for sample in samples]),
+            _group_numbers([sample.pair.meaning for sample in samples]),
+            [sample.pair.sample for sample in samples],
+            [sample.features for sample in samples],
+            [sample.view for sample in samples],
+        )
+
+    def _too_few_images(self, good: int) -> UserError:
+        name, reason = next(iter(self.broken.items()))
+        return UserError(
+            f"Only {good} of the {self.options.batch_size} images of a batch can be opened (for example {name}: "
+            f"{reason}). Run clip-finetune info on the dataset to list the broken ones."
+        )
+
+    def _too_many_broken(self, examined: int) -> UserError:
+        return too_many_broken(self.broken, examined, self.options.max_broken, self.dataset.name)
 
 
 class _Sample(NamedTuple):
-    """A turn with its picture uint8 [3, s, s], or what is kept of it; neither for a broken picture. `original` is equal
-    for copies of one picture."""
+    """A pair with its image, uint8 [3, s, s], or its cached features; neither if the image is broken.
 
-    step: int
+    `original` is equal for copies of one image.
+    """
+
     pair: Pair
     image: Tensor | None
+    features: Tensor | None
+    view: int
     original: int
-    kept: Tensor | None = None
-    view: int = 0
 
 
-def allowed_broken(share: float, count: int) -> float:
-    """How many of so many pictures may be broken; unless none may, a single one never stops a training."""
-    return max(1.0, share * count) if share else 0.0
-
-
-def too_many_broken(broken: dict[str, str], looked_at: int, allowed: float, name: str) -> UserError:
-    """What is told when more pictures than max_broken allows cannot be used; `broken` has a reason by name."""
-    shown = "; ".join(f"{file}: {reason}" for file, reason in list(broken.items())[:3])
-    return UserError(
-        f"{len(broken)} of {looked_at} pictures of {name} cannot be used ({shown}), more than max_broken allows "
-        f"({allowed:.0%}); mend or remove them (clip-finetune info names them all), or raise max_broken."
-    )
-
-
-def _numbered(values: Sequence[Hashable]) -> Tensor:
-    """int64 [n]: equal numbers for equal values."""
+def _group_numbers(values: Sequence[Hashable]) -> Tensor:
+    """Return int64 [n] with equal numbers for equal values."""
     numbers: dict[Hashable, int] = {}
     return torch.tensor([numbers.setdefault(value, len(numbers)) for value in values])
-
-
-def _ordered(
-    pool: ThreadPoolExecutor,
-    function: Callable[[T], R],
-    items: Iterable[T],
-    ahead: int,
-    at_hand: Callable[[T], R | None] = lambda item: None,
-) -> Iterator[R]:
-    """`function` of each item in order, computed by the pool at most `ahead` items before it is asked for; but what
-    `at_hand` gives of an item, if it gives anything, which is cheaper than a turn of a thread."""
-    waiting: collections.deque[tuple[Future | None, R | None]] = collections.deque()
-
-    def first() -> R:
-        future, found = waiting.popleft()
-        return found if future is None else future.result()
-
-    try:
-        for item in items:
-            found = at_hand(item)
-            waiting.append((pool.submit(function, item) if found is None else None, found))
-            if len(waiting) > ahead:
-                yield first()
-        while waiting:
-            yield first()
-    finally:
-        for future, _ in waiting:
-            if future is not None:
-                future.cancel()
-
-
-def in_threads(function: Callable[[T], R], items: Iterable[T], ahead: int = 64) -> Iterator[R]:
-    """`function` of each item, in order, computed in threads."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        yield from _ordered(pool, function, items, ahead)
-
-
-def image_batches(pictures: Pictures, indices: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
-    """(sample indices, uint8 [b, 3, s, s]) in order, nothing random. Broken pictures are left out and noted in
-    `pictures`."""
-    good: list[int] = []
-    images: list[Tensor] = []
-
-    def load(index: int) -> tuple[int, Tensor | None]:
-        try:
-            return index, pictures.base(index)
-        except MissingImage as error:
-            pictures.broken[pictures.dataset.names[index]] = str(error)
-            return index, None
-
-    for index, image in in_threads(load, indices, ahead=2 * batch_size):
-        if image is None:
-            continue
-        good.append(index)
-        images.append(image)
-        if len(good) == batch_size:
-            yield good, torch.stack(images)
-            good, images = [], []
-    if good:
-        yield good, torch.stack(images)

@@ -1,7 +1,7 @@
-"""What an epoch is made of: in which order the samples come, how often, and with which caption.
+"""What an epoch consists of: the order of the samples, how often each comes, and with which caption.
 
-All of it is a function of the seed, the epoch and the place in the epoch, so that a training that stopped goes on with
-what would have come. Nothing is computed for a sample before its turn.
+Everything is a function of the seed, the epoch and the position in it, so that a resumed training gets the same pairs.
+A pair is not computed before it is asked for.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy
@@ -55,29 +56,12 @@ class CaptionsConfig(Settings):
             )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CaptionPolicy:
-    """Which of a sample's captions is drawn, and what is done to it.
-
-    `which`: random (one an epoch), first, mixed (a long one with probability `long_caption_ratio`, else a short one) or
-    all (each caption makes a pair of its own in every epoch). `dropout` is the share of pairs whose caption is left
-    empty. `shuffle_tags` reorders what stands between commas, behind the first `keep_tokens`.
-    """
-
-    which: str = "random"
-    long_caption_ratio: float = 0.5
-    dropout: float = 0.0
-    shuffle_tags: bool = False
-    keep_tokens: int = 0
-
-    def __post_init__(self):
-        if self.which not in POLICIES:
-            raise UserError(f"captions is {self.which!r}; choose {' or '.join(POLICIES)}.")
-
-
 class Pair(NamedTuple):
-    """A sample's turn in an epoch. `entry` numbers the turns of an epoch before they are put in order. `meaning` is
-    the caption before its tags were shuffled: pairs of equal meaning are right for each other."""
+    """One sample with its caption for this epoch.
+
+    `entry` is the position in the epoch before shuffling. `meaning` is the caption before its tags were shuffled:
+    pairs with equal meanings are correct matches of each other.
+    """
 
     entry: int
     sample: int
@@ -85,22 +69,14 @@ class Pair(NamedTuple):
     meaning: str
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    """A permutation of `count` entries, a function of seed and epoch alone."""
-    return torch.randperm(count, generator=_generator(seed, epoch, 1))
-
-
-def rng_of(seed: int, epoch: int, entry: int, purpose: str) -> random.Random:
-    """Chance of its own for one entry of one epoch, and for one purpose."""
-    return random.Random(f"{seed}/{epoch}/{entry}/{purpose}")
-
-
 class Sampler:
-    """The epochs of a data set. `length` is how many entries each has: every sample as often as its `repeats` say,
-    and under the policy `all` that often with each of its captions."""
+    """The epochs of a dataset; `length` is the number of pairs in each.
 
-    def __init__(self, dataset: ClipDataset, seed: int, policy: CaptionPolicy | None = None):
-        self.dataset, self.seed, self.policy = dataset, seed, policy or CaptionPolicy()
+    A sample comes as often as its `repeats` say, under caption_policy all that often with each of its captions.
+    """
+
+    def __init__(self, dataset: ClipDataset, seed: int, captions: CaptionsConfig | None = None):
+        self.dataset, self.seed, self.config = dataset, seed, captions or CaptionsConfig()
         self._ends = self._count_entries()
         self.length = len(dataset) if self._ends is None else int(self._ends[-1]) if len(self._ends) else 0
 
@@ -108,19 +84,19 @@ class Sampler:
         return Epoch(self, number)
 
     def _count_entries(self) -> numpy.ndarray | None:
-        """The sum of the entries up to each sample; None where each has one, so that nothing needs to be counted."""
-        dataset, each = self.dataset, self.policy.which == "all"
-        if not each and not any(repeats != 1 for repeats in dataset.repeats):
+        """Return the cumulative count of entries, int64 [samples]; None if each sample has exactly one."""
+        dataset, every_caption = self.dataset, self.config.caption_policy == "all"
+        if not every_caption and not any(repeats != 1 for repeats in dataset.repeats):
             return None
         counts = numpy.ones(len(dataset), dtype=numpy.int64)
         if dataset.repeats:
             counts *= numpy.asarray(dataset.repeats, dtype=numpy.int64)
-        if each:
+        if every_caption:
             counts *= [len(dataset.training_captions(index)) for index in range(len(dataset))]
         return counts.cumsum()
 
     def sample_of(self, entry: int) -> tuple[int, int]:
-        """(the sample of an entry, how many entries of the same sample are before it)."""
+        """Return (sample, number of entries of the same sample before this one)."""
         if self._ends is None:
             return entry, 0
         sample = int(numpy.searchsorted(self._ends, entry, side="right"))
@@ -128,68 +104,74 @@ class Sampler:
 
 
 class Epoch:
-    """One epoch: `self[place]` is the pair at a place of its order, from 0 to `length` - 1."""
+    """One shuffled epoch: `self[position]` is a pair, for positions from 0 to `length` - 1."""
 
-    def __init__(self, epochs: Sampler, number: int):
-        self.epochs, self.number = epochs, number
-        self._order = epoch_order(epochs.length, epochs.seed, number).numpy()
-        generator = _generator(epochs.seed, number, 2)
-        self._draws = torch.rand(epochs.length, generator=generator, dtype=torch.float64).numpy()
+    def __init__(self, sampler: Sampler, number: int):
+        self.sampler, self.number = sampler, number
+        self._order = epoch_order(sampler.length, sampler.seed, number).numpy()
+        generator = _generator(sampler.seed, number, 2)
+        self._draws = torch.rand(sampler.length, generator=generator, dtype=torch.float64).numpy()
 
-    def __getitem__(self, place: int) -> Pair:
-        entry = int(self._order[place])
-        sample, turn = self.epochs.sample_of(entry)
-        policy, captions = self.epochs.policy, self.epochs.dataset.training_captions(sample)
-        drawn = _drawn(captions, policy, float(self._draws[entry]), turn)
-        caption = drawn
-        seed, number = self.epochs.seed, self.number
-        if policy.dropout and rng_of(seed, number, entry, "dropout").random() < policy.dropout:
-            drawn = caption = ""
-        elif policy.shuffle_tags:
-            caption = shuffled_tags(drawn, policy.keep_tokens, rng_of(seed, number, entry, "tags"))
-        return Pair(entry, sample, caption, drawn)
-
-
-def _drawn(captions: tuple[str, ...], policy: CaptionPolicy, draw: float, turn: int) -> str:
-    """One of the captions, by a number from 0 to 1."""
-    if policy.which == "first":
-        return captions[0]
-    if policy.which == "all":
-        return captions[turn % len(captions)]
-    if policy.which == "mixed":
-        middle = (min(map(len, captions)) + max(map(len, captions))) / 2
-        long = draw < policy.long_caption_ratio
-        # The same number chooses among them, stretched to 0 to 1 again.
-        draw = (
-            draw / policy.long_caption_ratio
-            if long
-            else (draw - policy.long_caption_ratio) / (1 - policy.long_caption_ratio)
-        )
-        captions = tuple(text for text in captions if (len(text) > middle) == long) or captions
-    return captions[int(draw * len(captions))]
+    def __getitem__(self, position: int) -> Pair:
+        config, seed = self.sampler.config, self.sampler.seed
+        entry = int(self._order[position])
+        sample, repeat = self.sampler.sample_of(entry)
+        captions = self.sampler.dataset.training_captions(sample)
+        if config.caption_dropout and rng_of(seed, self.number, entry, "dropout").random() < config.caption_dropout:
+            return Pair(entry, sample, "", "")
+        meaning = _draw(captions, config, float(self._draws[entry]), repeat)
+        if not config.shuffle_tags:
+            return Pair(entry, sample, meaning, meaning)
+        rng = rng_of(seed, self.number, entry, "tags")
+        return Pair(entry, sample, shuffled_tags(meaning, config.keep_tokens, rng), meaning)
 
 
-def shuffled_tags(caption: str, keep: int, chance: random.Random) -> str:
-    """The caption with what stands between commas in another order, but for the first `keep` of them."""
-    tags = [tag.strip() for tag in caption.split(",")]
-    tags = [tag for tag in tags if tag]
-    moved = tags[keep:]
-    chance.shuffle(moved)
-    return ", ".join(tags[:keep] + moved)
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """Return a random permutation of `count` entries, int64 [count]."""
+    return torch.randperm(count, generator=_generator(seed, epoch, 1))
 
 
-def with_template(dataset: ClipDataset, template: str) -> ClipDataset:
-    """The data set with this sentence, {} being the class, as the caption of samples that have a class and none."""
-    if template == DEFAULT_TEMPLATE or not dataset.class_names:
-        return dataset
-    sentences = [(template.replace("{}", name),) for name in dataset.class_names]
-    captions = [
-        found or (() if label is None else sentences[label])
-        for found, label in zip(dataset.captions, dataset.labels, strict=True)
-    ]
-    return dataclasses.replace(dataset, captions=captions)
+def rng_of(seed: int, epoch: int, entry: int, purpose: str) -> random.Random:
+    """Return the rng for one purpose at one entry of an epoch."""
+    return random.Random(f"{seed}/{epoch}/{entry}/{purpose}")
 
 
 def _generator(seed: int, epoch: int, purpose: int) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}/{epoch}/{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _draw(captions: Sequence[str], config: CaptionsConfig, draw: float, repeat: int) -> str:
+    """Return one caption, by a random draw from 0 to 1 and the number of times the sample came before."""
+    if config.caption_policy == "first":
+        return captions[0]
+    if config.caption_policy == "all":
+        return captions[repeat % len(captions)]
+    if config.caption_policy == "mixed":
+        middle = (min(map(len, captions)) + max(map(len, captions))) / 2
+        ratio = config.long_caption_ratio
+        long = draw < ratio
+        # Below the ratio, or above it, the draw is uniform again: stretched to 0 to 1 it also picks the caption.
+        draw = draw / ratio if long else (draw - ratio) / (1 - ratio)
+        captions = [text for text in captions if (len(text) > middle) == long] or captions
+    return captions[int(draw * len(captions))]
+
+
+def shuffled_tags(caption: str, keep: int, rng: random.Random) -> str:
+    """Shuffle the comma-separated tags of a caption, except the first `keep`."""
+    tags = [tag for part in caption.split(",") if (tag := part.strip())]
+    tail = tags[keep:]
+    rng.shuffle(tail)
+    return ", ".join(tags[:keep] + tail)
+
+
+def with_template(dataset: ClipDataset, template: str) -> ClipDataset:
+    """Return the dataset with captions made from this template, {} being the class, where there are only classes."""
+    if template == DEFAULT_TEMPLATE or not dataset.class_names:
+        return dataset
+    sentences = [(template.replace("{}", name),) for name in dataset.class_names]
+    captions = [
+        texts or (() if label is None else sentences[label])
+        for texts, label in zip(dataset.captions, dataset.labels, strict=True)
+    ]
+    return dataclasses.replace(dataset, captions=captions)

@@ -18,11 +18,12 @@ from torch.nn import functional as F
 from ..clip.full_clip import FullCLIP
 from ..clip.network import build_network
 from ..data.dataset import ClipDataset
+from ..data.decoded_images import DecodedImages, image_batches
 from ..data.images.decoding import normalize
 from ..data.images.image_cache import ImageCache
 from ..data.images.image_files import open_bytes, stat_of
 from ..data.images.transforms import Transform
-from ..data.loader import Pictures, image_batches, in_threads
+from ..data.threads import in_threads
 from ..data.tokenizer import Tokenizer, cut_to_longest
 from ..errors import UserError
 
@@ -100,9 +101,9 @@ class Encoder:
     def image_size(self) -> int:
         return self.transform.image_size
 
-    def pictures(self, dataset: ClipDataset) -> Pictures:
+    def pictures(self, dataset: ClipDataset) -> DecodedImages:
         """The pictures of a data set; nothing is kept in memory, because each is encoded once."""
-        return Pictures(dataset, self.transform, self.cache, memory_bytes=0)
+        return DecodedImages(dataset, self.transform, self.cache, memory_bytes=0)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """float32 [n, d] on the CPU, each row of length 1; a text that comes twice is encoded once. Raises

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..clip.architecture import Architecture
 from ..clip.full_clip import FullCLIP, fingerprint_of
-from ..data.feature_cache import MEMORY_BYTES, FeatureCache
+from ..data.feature_cache import MEMORY_BYTES, FeatureCache, FeatureSpec
 from ..data.images.decoding import normalize
 from ..data.images.image_cache import ImageCache
 from ..data.loader import Batch
@@ -52,28 +52,28 @@ class FrozenFeatures:
         if blocks == 0 or not config.memory.cache_features or not views:
             return None
         shape = (architecture.embed_dim,) if blocks is None else (architecture.grid**2 + 1, architecture.vision_width)
-        dtype: torch.dtype = network.dtype
-        size = len(setup.train_set) * views * torch.Size(shape).numel() * dtype.itemsize
+        device = setup.plan.device
+        made_by = f"{_fingerprint(setup.model, blocks)} {blocks} {device.type} {config.layers.scale_neurons}"
+        spec = FeatureSpec(shape, network.dtype, made_by, views=views)
+        size = len(setup.train_set) * views * spec.bytes
         if blocks is not None and size > 0.9 * (MEMORY_BYTES + (image_cache.limit if image_cache is not None else 0)):
             setup.notes.add(
                 f"The output of the frozen vision blocks would take {size / 1e9:.1f} GB, more than may be cached "
                 "(image_cache_gb), so these blocks run in every step."
             )
             return None
-        device = setup.plan.device
-        made_by = f"{_fingerprint(setup.model, blocks)} {blocks} {device.type} {config.layers.scale_neurons}"
-        cache = FeatureCache(setup.train_set, transform, shape, dtype, made_by, views=views, cache=image_cache)
+        cache = FeatureCache(setup.train_set, transform, spec, image_cache)
         return cls(network, device, blocks, cache, setup.callbacks.check_cancelled)
 
     def inputs(self, batch: Batch, micro_batch: int) -> Tensor:
         """Return the output of the frozen part for each pair [b, …] on the CPU; computes and caches what is missing."""
-        cached = [features for features in batch.kept if features is not None]
+        cached = [features for features in batch.features if features is not None]
         if len(cached) == batch.pairs:
             return torch.stack(cached)
-        outputs = torch.empty(batch.pairs, *self.cache.shape, dtype=self.cache.dtype)
+        outputs = torch.empty(batch.pairs, *self.cache.spec.shape, dtype=self.cache.spec.dtype)
         missing: list[tuple[int, int]] = []  # (pair, row of batch.images)
         row = 0
-        for pair, features in enumerate(batch.kept):
+        for pair, features in enumerate(batch.features):
             if features is None:
                 # It may have come into the cache since the batch was loaded.
                 features = self.cache.get(batch.indices[pair], batch.views[pair])

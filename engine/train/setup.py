@@ -11,9 +11,9 @@ import torch
 from ..clip.full_clip import FullCLIP
 from ..clip.gmp import to_gmp
 from ..data.dataset import ClipDataset
+from ..data.decoded_images import allowed_broken, too_many_broken
 from ..data.images.transforms import Transform
-from ..data.loader import allowed_broken, too_many_broken
-from ..data.sampler import DEFAULT_TEMPLATE, CaptionPolicy, Sampler, with_template
+from ..data.sampler import Sampler, with_template
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..notes import Notes
@@ -51,7 +51,6 @@ class TrainSetup:
     validation: ClipDataset | None
     plan: Plan
     transform: Transform
-    caption_policy: CaptionPolicy
     tokenizer: Tokenizer
     callbacks: Callbacks
 
@@ -84,13 +83,13 @@ def set_up(
     """
     notes = callbacks.notes
     model = _prepare_model(full_clip, config, notes)
-    a, policy = model.architecture, _caption_policy(config)
+    a = model.architecture
     transform = Transform.of(config.images, a.image_size)
     _check_settings(model, config)
     train_set = _training_images(train_set, config, notes)
     if validation is not None:
         validation = _useful_validation(with_template(validation, config.captions.label_template), notes)
-    pairs = Sampler(train_set, config.seed, policy).length
+    pairs = Sampler(train_set, config.seed, config.captions).length
     batch_size = _fitting_batch_size(config, train_set, pairs, notes)
     device = resolve_device(device)
     plan = Plan(
@@ -107,7 +106,6 @@ def set_up(
         validation=validation,
         plan=plan,
         transform=transform,
-        caption_policy=policy,
         tokenizer=Tokenizer(a.context_length, a.vocab_size),
         callbacks=callbacks,
     )
@@ -130,23 +128,6 @@ def _check_settings(model: FullCLIP, config: TrainConfig) -> None:
     check_freezing(model.architecture, config.layers)
     parse_neurons(config.layers.scale_neurons, model.architecture)
     LearningRateMultipliers.parse(config.optimizer.lr_multipliers)
-    template = config.captions.label_template
-    if "{}" not in template:
-        raise UserError(
-            f"label_template is {template!r}; write a sentence with {{}} where the class goes, such as "
-            f'"{DEFAULT_TEMPLATE}"'
-        )
-
-
-def _caption_policy(config: TrainConfig) -> CaptionPolicy:
-    captions = config.captions
-    return CaptionPolicy(
-        which=captions.caption_policy,
-        long_caption_ratio=captions.long_caption_ratio,
-        dropout=captions.caption_dropout,
-        shuffle_tags=captions.shuffle_tags,
-        keep_tokens=captions.keep_tokens,
-    )
 
 
 def _training_images(dataset: ClipDataset, config: TrainConfig, notes: Notes) -> ClipDataset:

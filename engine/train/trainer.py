@@ -14,7 +14,7 @@ import torch
 from ..clip.full_clip import FullCLIP
 from ..data.dataset import ClipDataset
 from ..data.images.image_cache import ImageCache
-from ..data.loader import Batch, TrainLoader
+from ..data.loader import Batch, LoaderOptions, TrainLoader
 from ..errors import UserError
 from ..files import remove_parts
 from ..notes import Notes
@@ -115,15 +115,16 @@ def _build_trainer(
     notes.add("What trains, and how fast:\n" + table(work.group_rows))
     loader = TrainLoader(
         setup.train_set,
-        setup.transform.image_size,
         setup.tokenizer,
-        plan.batch_size,
-        config.seed,
-        transform=setup.transform,
-        policy=setup.caption_policy,
-        cache=image_cache,
-        max_broken=config.checkpoints.max_broken,
-        kept=frozen_vision and frozen_vision.cache,
+        setup.transform,
+        config.captions,
+        LoaderOptions(
+            batch_size=plan.batch_size,
+            seed=config.seed,
+            max_broken=config.checkpoints.max_broken,
+            cache=image_cache,
+            feature_cache=frozen_vision and frozen_vision.cache,
+        ),
     )
     resources.callback(loader.close)
     loader.probe()
@@ -299,17 +300,18 @@ class Trainer:
         self.stage = stage
 
     def _note_what_happened(self) -> None:
-        broken, cut, profile = self.loader.broken, self.loader.cut, self.work.profile
+        broken, truncated, profile = self.loader.broken, self.loader.truncated, self.work.profile
+        context_length = self.setup.tokenizer.context_length
         if broken:
             name, reason = next(iter(broken.items()))
             self.notes.add(
                 f"{len(broken)} training images cannot be opened and were left out of their batches (the first is "
                 f"{name}: {reason})."
             )
-        if cut:
+        if truncated:
             self.notes.add(
-                f"{len(cut)} captions are longer than the {self.setup.tokenizer.context_length} tokens that the model "
-                "reads and were cut, each after its last whole word that fits."
+                f"{len(truncated)} captions are longer than the {context_length} tokens that the model reads and were "
+                "cut, each after its last whole word that fits."
             )
         if profile.enabled:
             self.notes.add("Where the time of a step went:\n" + table(profile.rows()))

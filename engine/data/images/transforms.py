@@ -133,7 +133,7 @@ class Transform:
         return f"1/{self.image_size}/{base}/{_rgb(self.background)}/{self.resize_backend}/{versions}"
 
     @property
-    def chance_name(self) -> str:
+    def augmentation_name(self) -> str:
         """Equal for transforms that make the same of a `base` and equal chances."""
         return (
             f"{self.resize_mode}/{self.min_crop_area}/{self.horizontal_flip}/{self.color_jitter}"

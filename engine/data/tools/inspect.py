@@ -18,7 +18,7 @@ from ..dataset import ClipDataset
 from ..images.decoding import BrokenImage, MissingImage, decode
 from ..images.folder_tree import Tree, is_image
 from ..images.image_files import open_bytes
-from ..loader import in_threads
+from ..threads import in_threads
 from ..tokenizer import Tokenizer, encode
 from .perceptual_hash import Look, look, near_groups
 

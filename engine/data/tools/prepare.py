@@ -26,7 +26,7 @@ from .. import originals
 from ..dataset import ClipDataset
 from ..images.decoding import BrokenImage, decode
 from ..images.image_files import file_of, open_bytes, opener_of, row_of, suffix_of
-from ..loader import in_threads
+from ..threads import in_threads
 from .crops import jittered, mirror, parts_of
 from .detection import Detector, coco_classes, load_detector, parse_classes
 from .prepare_settings import ALL, OBJECTS, SAFE, Preparation

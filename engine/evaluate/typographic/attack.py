@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ...clip.full_clip import FullCLIP
 from ...data.dataset import ClipDataset
+from ...data.decoded_images import DecodedImages, image_batches
 from ...data.images.image_cache import ImageCache
 from ...data.images.transforms import Transform
-from ...data.loader import Pictures, image_batches
 from ...errors import UserError
 from ..class_names import with_classes
 from ..encoder import BATCH, EncodedImages, Encoder, EncodingCache, encode_images, require_images
@@ -205,7 +205,7 @@ def _word(right_c: Tensor, drawable: Sequence[bool], chance: str) -> int:
 
 
 def _with_words(
-    pictures: Pictures, texts: Mapping[int, str], chances: Mapping[int, str]
+    pictures: DecodedImages, texts: Mapping[int, str], chances: Mapping[int, str]
 ) -> Iterator[tuple[list[int], Tensor]]:
     for found, images_u8 in image_batches(pictures, list(texts), BATCH):
         drawn = [

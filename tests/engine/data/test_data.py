@@ -19,10 +19,11 @@ from clip_finetune.engine.data import dataset as dataset_module
 from clip_finetune.engine.data import fingerprint
 from clip_finetune.engine.data.images.decoding import BrokenImage, load_image, normalize
 from clip_finetune.engine.data.images.folder_tree import image_suffixes
-from clip_finetune.engine.data.loader import TrainLoader
+from clip_finetune.engine.data.images.transforms import Transform
+from clip_finetune.engine.data.loader import LoaderOptions, TrainLoader
 from clip_finetune.engine.data.readers import json_files, json_stream
 from clip_finetune.engine.data.readers.caption_texts import in_lines
-from clip_finetune.engine.data.sampler import epoch_order
+from clip_finetune.engine.data.sampler import CaptionsConfig, epoch_order
 from clip_finetune.engine.data.tokenizer import Tokenizer
 
 
@@ -221,7 +222,7 @@ def test_a_long_caption_is_cut_and_counted(tmp_path):
 
 def test_every_caption_comes_and_one_an_epoch(tmp_path):
     data = load_dataset(labels_folder(tmp_path / "colours", 10, captions=3))
-    loader = TrainLoader(data, 32, Tokenizer(77), batch_size=3, seed=0)
+    loader = TrainLoader(data, Tokenizer(77), Transform(image_size=32), CaptionsConfig(), LoaderOptions(batch_size=3))
     drawn = collections.defaultdict(set)
     batches = loader.iterate()
     for epoch in range(30):
@@ -242,7 +243,8 @@ def test_the_order_is_a_function_of_seed_and_step(tmp_path):
     data = load_dataset(labels_folder(tmp_path / "colours", 10))
 
     def batches(start, count, seed=0):
-        loader = TrainLoader(data, 32, Tokenizer(77), batch_size=4, seed=seed)
+        options = LoaderOptions(batch_size=4, seed=seed)
+        loader = TrainLoader(data, Tokenizer(77), Transform(image_size=32), CaptionsConfig(), options)
         found = [
             (step, batch.indices, batch.tokens.tolist())
             for _, (step, batch) in zip(range(count), loader.iterate(start), strict=False)

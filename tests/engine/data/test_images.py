@@ -19,11 +19,12 @@ from PIL import Image, features
 
 from clip_finetune.engine import TrainConfig, UserError, eval_retrieval, load_dataset, load_full_clip, train
 from clip_finetune.engine.data import loader as loader_module
+from clip_finetune.engine.data.decoded_images import DecodedImages
 from clip_finetune.engine.data.images.decoding import BrokenImage, decode, decode_plain_jpeg, load_image
 from clip_finetune.engine.data.images.image_cache import ImageCache
 from clip_finetune.engine.data.images.transforms import Transform
-from clip_finetune.engine.data.loader import Pictures, TrainLoader
-from clip_finetune.engine.data.sampler import CaptionPolicy, Sampler
+from clip_finetune.engine.data.loader import LoaderOptions, TrainLoader
+from clip_finetune.engine.data.sampler import CaptionsConfig, Sampler
 from clip_finetune.engine.data.tokenizer import Tokenizer
 from clip_finetune.engine.files import same_bits
 
@@ -55,6 +56,11 @@ def run(data, folder, validation=None, progress=None, cache=None, **changes):
     hooks = {"on_progress": progress} if progress else {}
     config = TrainConfig.from_flat(**(QUICK | changes))
     return train(random_clip(), data, validation, config, run_folder=folder, device="cpu", cache_folder=cache, **hooks)
+
+
+def loader_of(data, transform=None, **options):
+    transform = transform or Transform(image_size=32)
+    return TrainLoader(data, Tokenizer(77), transform, CaptionsConfig(), LoaderOptions(**options))
 
 
 def identical(one, other):
@@ -251,7 +257,7 @@ def test_batches_do_not_depend_on_how_many_threads_there_are_or_which_is_first(d
     seen = []
     for threads in (1, 3, 16):
         monkeypatch.setattr(loader_module, "THREADS", threads)
-        loader = TrainLoader(data, 32, Tokenizer(77), 5, 0, transform=Transform(image_size=32, **CHANCE))
+        loader = loader_of(data, Transform(image_size=32, **CHANCE), batch_size=5)
         batches = loader.iterate(1)
         seen.append([next(batches) for _ in range(6)])
         loader.close()
@@ -311,14 +317,14 @@ def test_what_is_kept_is_found_by_the_next_one(tmp_path):
 def test_a_changed_picture_and_another_transform_are_not_mixed_up_and_a_deleted_one_is_not_found(tmp_path):
     data = load_dataset(labels_folder(tmp_path / "colours", 2))
     with opened(tmp_path / "cache") as cache:
-        pictures = Pictures(data, SQUARE, cache, memory_bytes=0)
+        pictures = DecodedImages(data, SQUARE, cache, memory_bytes=0)
         before = pictures.base(0)
         assert torch.equal(before, pictures.base(0)) and cache.entries == 1
         stamp = os.stat(data.path(0))
         Image.new("RGB", (32, 32), "white").save(data.path(0))
         os.utime(data.path(0), ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 10**9))
         assert pictures.base(0).min() == 255 and cache.entries == 2
-        Pictures(data, Transform(image_size=16), cache).base(0)
+        DecodedImages(data, Transform(image_size=16), cache).base(0)
         assert cache.entries == 3
         data.path(0).unlink()
         with pytest.raises(BrokenImage, match="not there"):
@@ -426,7 +432,7 @@ def test_an_epoch_is_the_sum_of_the_repeats(data, tmp_path):
     pairs = [epochs.epoch(0)[place] for place in range(13)]
     assert sorted(pair.sample for pair in pairs) == [0, 0, 0, *range(2, 12)] and len({p.entry for p in pairs}) == 13
     assert run(repeated, tmp_path / "run").total_steps == 9
-    loader = TrainLoader(repeated, 32, Tokenizer(77), 13, 0)
+    loader = loader_of(repeated, batch_size=13)
     _, batch = next(loader.iterate())
     loader.close()
     (same,) = [batch.originals[row].item() for row in range(13) if batch.indices[row] == 0][:1]
@@ -434,7 +440,7 @@ def test_an_epoch_is_the_sum_of_the_repeats(data, tmp_path):
 
 
 def pairs_of(data, epoch=0, seed=0, **policy):
-    epochs = Sampler(data, seed, CaptionPolicy(**policy))
+    epochs = Sampler(data, seed, CaptionsConfig(**policy))
     return [epochs.epoch(epoch)[place] for place in range(epochs.length)]
 
 
@@ -445,15 +451,19 @@ def test_the_policies_draw_what_they_say(tmp_path):
         json.dumps({f"{i:03}.png": [f"{short} {i}", f"{long} {i}", f"{short}er {i}"] for i in range(40)})
     )
     data = load_dataset(folder)
-    assert {pair.caption for pair in pairs_of(data, which="first")} == {f"short {i}" for i in range(40)}
-    everything = pairs_of(data, which="all")
+    assert {pair.caption for pair in pairs_of(data, caption_policy="first")} == {f"short {i}" for i in range(40)}
+    everything = pairs_of(data, caption_policy="all")
     assert len(everything) == 120 == len({pair.caption for pair in everything})
     for share, low, high in ((0.0, 0, 0), (0.5, 60, 140), (1.0, 200, 200)):
-        drawn = [p for epoch in range(5) for p in pairs_of(data, epoch, which="mixed", long_caption_ratio=share)]
+        drawn = [
+            p for epoch in range(5) for p in pairs_of(data, epoch, caption_policy="mixed", long_caption_ratio=share)
+        ]
         assert low <= sum(pair.caption.startswith(long) for pair in drawn) <= high
-    drawn = [p.caption for epoch in range(5) for p in pairs_of(data, epoch, dropout=0.25)]
+    drawn = [p.caption for epoch in range(5) for p in pairs_of(data, epoch, caption_dropout=0.25)]
     assert 25 <= drawn.count("") <= 75
-    assert pairs_of(data, 3, which="mixed", dropout=0.2) == pairs_of(data, 3, which="mixed", dropout=0.2)
+    assert pairs_of(data, 3, caption_policy="mixed", caption_dropout=0.2) == pairs_of(
+        data, 3, caption_policy="mixed", caption_dropout=0.2
+    )
 
 
 def test_tags_are_reordered_behind_those_that_stay(tmp_path):
@@ -537,7 +547,7 @@ def test_a_run_with_too_many_broken_pictures_does_not_begin(tmp_path, how):
     else:
         damage(folder, ("003.jpg", "007.jpg"), how)
     data = load_dataset(folder)
-    with pytest.raises(UserError, match=r"2 of 20 pictures of noise cannot be used \(00[37].jpg: .*max_broken") as told:
+    with pytest.raises(UserError, match=r"2 of 20 images of noise cannot be used \(00[37].jpg: .*max_broken") as told:
         run(data, tmp_path / "run")
     assert "\n" not in str(told.value) and not list((tmp_path / "run").glob("*.safetensors"))
     result = run(data, tmp_path / "run", max_broken=0.1)
@@ -558,7 +568,7 @@ def test_broken_pictures_that_are_met_later_stop_the_run_which_can_go_on(tmp_pat
     monkeypatch.setattr(loader_module, "_PROBED", 4)
     folder = noisy_folder(tmp_path / "noise", 40)
     damage(folder, [f"{index:03}.jpg" for index in (3, 13, 23, 33)])  # 0, 10, 20 and 30 are looked at
-    with pytest.raises(UserError, match="of 40 pictures of noise cannot be used"):
+    with pytest.raises(UserError, match="of 40 images of noise cannot be used"):
         run(load_dataset(folder), tmp_path / "run")
     result = run(load_dataset(folder), tmp_path / "run", max_broken=0.1)
     assert result.total_steps == 30 and any("4 training pictures cannot be opened" in note for note in result.notes)

@@ -16,11 +16,12 @@ from PIL import Image
 
 from clip_finetune.engine import UserError, eval_retrieval, eval_zero_shot, load_dataset, split_dataset
 from clip_finetune.engine.data import fingerprint
+from clip_finetune.engine.data.decoded_images import DecodedImages, image_batches
 from clip_finetune.engine.data.images import image_files
 from clip_finetune.engine.data.images.decoding import BrokenImage, MissingImage, decode, load_image
 from clip_finetune.engine.data.images.image_cache import ImageCache
 from clip_finetune.engine.data.images.transforms import Transform
-from clip_finetune.engine.data.loader import Pictures, image_batches, in_threads
+from clip_finetune.engine.data.threads import in_threads
 from clip_finetune.engine.data.tools.convert import convert_captions
 from clip_finetune.engine.data.tools.inspect import inspect_dataset
 from clip_finetune.engine.data.tools.prepare import Preparation, prepare_images
@@ -178,7 +179,7 @@ def test_the_picture_cache_knows_a_picture_by_file_time_and_row(tmp_path):
     cache, transform = ImageCache(tmp_path / "cache"), Transform(image_size=32)
     keys = [cache.key(data.path(index), transform) for index in range(24)]
     assert None not in keys and len(set(keys)) == 24
-    pictures = Pictures(data, transform, cache)
+    pictures = DecodedImages(data, transform, cache)
     first = [image.clone() for _, images in image_batches(pictures, range(24), 7) for image in images]
     assert cache.entries == 24 and not pictures.broken
     assert all(torch.equal(image, load_image(data.path(index), 32)) for index, image in enumerate(first))
@@ -186,7 +187,7 @@ def test_the_picture_cache_knows_a_picture_by_file_time_and_row(tmp_path):
     captioned(tmp_path / "a.parquet", start=50)
     os.utime(tmp_path / "a.parquet", ns=(time + 10**9, time + 10**9))
     assert not {cache.key(data.path(index), transform) for index in range(24)} & set(keys)
-    assert torch.equal(Pictures(data, transform, cache).base(3), transform.base(data.path(3)))
+    assert torch.equal(DecodedImages(data, transform, cache).base(3), transform.base(data.path(3)))
     assert numpy.array_equal(numpy.asarray(decode(data.path(3))), pixels_of(encoded(53)))
 
 

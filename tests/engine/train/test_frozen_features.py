@@ -8,7 +8,7 @@ from PIL import Image
 
 from clip_finetune.engine import TrainConfig, load_dataset, train
 from clip_finetune.engine.data import feature_cache
-from clip_finetune.engine.data.feature_cache import FeatureCache
+from clip_finetune.engine.data.feature_cache import FeatureCache, FeatureSpec
 from clip_finetune.engine.data.images.image_cache import ImageCache
 from clip_finetune.engine.data.images.transforms import Transform
 from clip_finetune.engine.files import same_bits
@@ -63,7 +63,7 @@ def losses(result):
 def test_a_training_is_the_same_with_and_without(data, tmp_path, monkeypatch, computed, settings, at_once):
     """In float64: losses and weights after steps in which every picture came several times; with 4 at once the last
     part of a batch of 6 is filled."""
-    monkeypatch.setattr(frozen_features, "_at_once", lambda work: at_once)
+    monkeypatch.setattr(frozen_features, "_at_once", lambda device, micro_batch: at_once)
     monkeypatch.setattr(master_weights, "MASTERS", torch.float64)
     kept = run(data, tmp_path / "kept", **settings)
     assert len(computed) == len(data)
@@ -146,12 +146,12 @@ def test_the_tensors_come_back_from_the_disk_with_their_bits(data, tmp_path):
         features = torch.randn(shape, dtype=torch.float64).to(dtype)
         for made_by in ("one", "other"):
             cache = ImageCache(tmp_path / "cache")
-            kept = FeatureCache(data, Transform(image_size=32), shape, dtype, made_by, cache=cache)
+            kept = FeatureCache(data, Transform(image_size=32), FeatureSpec(shape, dtype, made_by), cache)
             if made_by == "one":
                 kept.put(2, 0, features)
                 cache.close()
                 cache = ImageCache(tmp_path / "cache")
-                kept = FeatureCache(data, Transform(image_size=32), shape, dtype, made_by, cache=cache)
+                kept = FeatureCache(data, Transform(image_size=32), FeatureSpec(shape, dtype, made_by), cache)
                 assert same_bits(kept.get(2, 0), features)
             assert kept.get(3, 0) is None and kept.get(2, 1) is None
             if made_by == "other":
