@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import traceback
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,8 @@ class TrainingStep:
     ) -> None:
         self.weights, self.config, self.plan, self.frozen_vision = weights, config, plan, frozen_vision
         self.callbacks = callbacks or Callbacks()
-        self.network, self.device = weights.network, plan.device
+        self.network: Any = weights.network  # a clip.network.CLIP, whose class is made when it is first needed
+        self.device = plan.device
         self.architecture = weights.model.architecture
         self.profile = Profile(plan.device, enabled=config.checkpoints.profile)
         settings = config.loss
@@ -169,7 +171,7 @@ class TrainingStep:
                 self.optimizer.step()
             self.scaler.update()
         else:
-            self.optimizer.found_inf = self.broken
+            self.optimizer.found_inf = self.broken  # type: ignore[attr-defined]  # as torch's GradScaler sets it
             self.optimizer.step()
         if self.network.logit_scale.requires_grad:
             with torch.no_grad():

@@ -93,7 +93,7 @@ def _result_of_the_run(
             trainer.resume(checkpoint)
         del checkpoint  # its tensors
         trainer.run()
-        return make_result(setup, trainer.log, trainer.step, trainer.best)
+        return make_result(setup, trainer.log, trainer.step, trainer.writer.best)
 
 
 def _build_trainer(
@@ -123,7 +123,7 @@ def _build_trainer(
             seed=config.seed,
             max_broken=config.checkpoints.max_broken,
             cache=image_cache,
-            feature_cache=frozen_vision and frozen_vision.cache,
+            feature_cache=None if frozen_vision is None else frozen_vision.cache,
         ),
     )
     resources.callback(loader.close)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -130,8 +130,8 @@ class MetricsLog:
     def read(self) -> None:
         """Read the lines that are in the file."""
         lines = self.folder.metrics()
-        self.steps = [line for line in lines if line["kind"] == "step"]
-        self.validations = [line for line in lines if line["kind"] == "validation"]
+        self.steps = [cast(StepLine, line) for line in lines if line["kind"] == "step"]
+        self.validations = [cast(ValidationLine, line) for line in lines if line["kind"] == "validation"]
 
     @property
     def last_validated(self) -> int | None:

@@ -36,7 +36,7 @@ def write_report(setup: TrainSetup, log: MetricsLog, step: int, best: Best | Non
             log.validations,
             step=step,
             total_steps=setup.plan.total_steps,
-            best_step=best and best.step,
+            best_step=None if best is None else best.step,
             defaults={name: info.default for name, info in all_settings().items()},
             notes=tuple(setup.notes),
             pictures=sample_images(shown, _IMAGES, side=256),
