@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from clip_finetune.engine.data.dataset import ClipDataset, load_dataset
+from clip_finetune.engine.data.dataset import ClipDataset
 from clip_finetune.engine.data.decoded_images import DecodedImages
 from clip_finetune.engine.data.feature_cache import FeatureCache, FeatureSpec
 from clip_finetune.engine.data.images.image_cache import ImageCache
 from clip_finetune.engine.data.images.transforms import Transform
+from clip_finetune.engine.data.load import load_dataset
 from clip_finetune.engine.data.loader import LoaderOptions, TrainLoader
 from clip_finetune.engine.data.sampler import CaptionsConfig
 from clip_finetune.engine.data.threads import THREADS

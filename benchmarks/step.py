@@ -1,17 +1,19 @@
-"""A training step in GmP form beside open_clip's, Hugging Face's and the published scripts' (zer0int/CLIP-fine-tune).
+"""Measure a training step in GmP form beside open_clip's, Hugging Face's and the published scripts'.
 
     PUBLISHED_SCRIPTS=CHECKOUT python benchmarks/step.py [--model ViT-B-32] [--batch-size 8] [--rounds 5]
         [--precision auto] [--threads 2] [--device cpu] [--only NAME[,NAME]] [--json FILE]
 
-The published training loop runs as it stands, with its model, loss, optimizer, scheduler, gradient norms, metrics and
-log file, on batches that are in memory. What it needs for today's torch is changed in memory, on its syntax tree:
+CHECKOUT is a checkout of zer0int/CLIP-fine-tune. Its training loop runs as it is, with its model, loss, optimizer,
+scheduler, gradient norms, metrics and log file, on batches in memory. What today's torch needs is changed in memory, in
+its syntax tree:
 
-* What loads the model and the data set is left out; our weights (by its own conversion to GmP) and our batch take the
-  place. The call of the loop at the end is left out, and the loop yields after each batch, so that others get a turn.
-* `OneCycleLR.print_lr` is there again, and so is `pkg_resources.packaging`.
+* The code that loads the model and the dataset is left out; our weights (through the script's own conversion to GmP)
+  and our batch replace them. The call of the loop is left out too, and the loop yields after each batch, so that others
+  get a turn.
+* `OneCycleLR.print_lr` and `pkg_resources.packaging` are restored.
 
-It takes an optimizer step every second batch: less work for a pair than the others do. The row "a step a batch" makes
-it one for each; its gradient norms find no gradients then, so that row is without them.
+The script does an optimizer step every second batch, which is less work per pair than the others do. The row "a step a
+batch" does one per batch; its gradient norms then find no gradients, so that row goes without them.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import dataclasses
 import functools
+import importlib
 import json
 import os
 import sys
@@ -28,13 +32,14 @@ import types
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clip_finetune.engine.bench.contenders import Contender, OurStep, our_contenders, peers
-from clip_finetune.engine.bench.measure import Result, machine, measure
-from clip_finetune.engine.bench.work import Work
+from clip_finetune.engine.bench.measure import BenchResult, machine, measure
+from clip_finetune.engine.bench.workload import Workload
 from clip_finetune.engine.clip.full_clip import FullCLIP
 from clip_finetune.engine.data.images.decoding import normalize
 from clip_finetune.engine.data.loader import Batch
@@ -45,19 +50,17 @@ _REPLACED = {"model", "dataset1", "concatenated_dataset", "train_dataloader", "v
 
 
 class PublishedStep:
-    """The loop of the script, a call for as many batches as it takes for an optimizer step."""
+    """The script's training loop. A call runs it over the `batches` that it takes for an optimizer step."""
 
-    def __init__(self, model: FullCLIP, device: torch.device, batch: Batch, *, checkout: str, batches: int):
-        self.device, self.batches, self.batch = device, batches, batch
-        self.quiet = open(os.devnull, "w")
-        _bring_back_what_torch_left_out()
+    def __init__(self, model: FullCLIP, device: torch.device, batch: Batch, *, checkout: str, batches: int) -> None:
+        self.batches, self.batch = batches, batch
+        self.devnull = open(os.devnull, "w")
+        _restore_removed_names()
         if checkout not in sys.path:
             sys.path.insert(0, checkout)
-        import gmpclip.model
-
-        network = gmpclip.model.build_model(dict(model.state_dict)).to(device)
-        names = {"__name__": "published", "model": network, "train_dataloader": _Endless(self)}
-        with tempfile.TemporaryDirectory() as folder, self._aside(folder):
+        network = importlib.import_module("gmpclip.model").build_model(dict(model.state_dict)).to(device)
+        names: dict[str, Any] = {"__name__": "published", "model": network, "train_dataloader": _EndlessLoader(self)}
+        with tempfile.TemporaryDirectory() as folder, self._contained(folder):
             exec(compile(_loop_that_yields(Path(checkout) / SCRIPT, batches), SCRIPT, "exec"), names)
         self.logs = tempfile.TemporaryDirectory()
         names["text_logs_folder"] = self.logs.name
@@ -65,16 +68,17 @@ class PublishedStep:
 
     def __call__(self, batch: Batch) -> Tensor:
         self.batch = batch
-        with self._aside():
+        with self._contained():
             for _ in range(self.batches):
                 loss = next(self.loop)
         return loss.detach()
 
     @contextlib.contextmanager
-    def _aside(self, folder: str | None = None) -> Iterator[None]:
-        """Without its words on the screen, and with its folders in a place that goes away."""
+    def _contained(self, folder: str | None = None) -> Iterator[None]:
+        """Hide the script's output, and let it write its folders into `folder`."""
         before = os.getcwd()
-        with contextlib.redirect_stdout(self.quiet), contextlib.redirect_stderr(self.quiet), warnings.catch_warnings():
+        quiet_out, quiet_err = contextlib.redirect_stdout(self.devnull), contextlib.redirect_stderr(self.devnull)
+        with quiet_out, quiet_err, warnings.catch_warnings():
             try:
                 os.chdir(folder or before)
                 yield
@@ -82,10 +86,10 @@ class PublishedStep:
                 os.chdir(before)
 
 
-class _Endless:
-    """What the script's data loader gives, normalised pictures and tokens, of the batch that is measured."""
+class _EndlessLoader:
+    """Stands in for the script's data loader: yields the measured batch as normalised images and tokens."""
 
-    def __init__(self, step: PublishedStep):
+    def __init__(self, step: PublishedStep) -> None:
         self.step = step
 
     def __len__(self) -> int:
@@ -97,9 +101,10 @@ class _Endless:
 
 
 def _loop_that_yields(script: Path, batches: int) -> ast.Module:
+    """Return the script's syntax tree with the changes that the module's docstring lists."""
     tree = ast.parse(script.read_text(encoding="utf-8"))
-    tree.body = [line for line in tree.body if not _left_out(line)]
-    (loop,) = (line for line in tree.body if isinstance(line, ast.FunctionDef) and line.name == "trainloop")
+    tree.body = [statement for statement in tree.body if not _is_left_out(statement)]
+    (loop,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "trainloop")
     for node in ast.walk(loop):
         if isinstance(node, ast.For) and isinstance(node.iter, ast.Name) and node.iter.id == "progress_bar":
             node.body.append(ast.parse("yield total_loss").body[0])
@@ -108,36 +113,39 @@ def _loop_that_yields(script: Path, batches: int) -> ast.Module:
     return ast.fix_missing_locations(tree)
 
 
-def _left_out(line: ast.stmt) -> bool:
-    if isinstance(line, ast.Assign):
+def _is_left_out(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.Assign):
         # model = model.float() stays: that is how the script gets to fp32.
-        loads = isinstance(line.value, ast.Call) and "float" not in ast.dump(line.value.func)
-        return loads and bool(_targets(line) & _REPLACED)
-    return isinstance(line, ast.Expr) and "trainloop" in ast.dump(line) and isinstance(line.value, ast.Call)
+        loads = isinstance(statement.value, ast.Call) and "float" not in ast.dump(statement.value.func)
+        return loads and bool(_targets(statement) & _REPLACED)
+    return (
+        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call) and "trainloop" in ast.dump(statement)
+    )
 
 
-def _targets(line: ast.Assign) -> set[str]:
-    return {node.id for target in line.targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+def _targets(statement: ast.Assign) -> set[str]:
+    return {node.id for target in statement.targets for node in ast.walk(target) if isinstance(node, ast.Name)}
 
 
-def _bring_back_what_torch_left_out() -> None:
+def _restore_removed_names() -> None:
+    """Give the script the names that newer versions of torch and setuptools have removed."""
     import packaging.version
 
-    scheduler = torch.optim.lr_scheduler.LRScheduler
+    scheduler: Any = torch.optim.lr_scheduler.LRScheduler
     if not hasattr(scheduler, "print_lr"):
         scheduler.print_lr = lambda self, *arguments, **settings: None
-    with contextlib.suppress(ImportError), warnings.catch_warnings(action="ignore"):
-        import pkg_resources
-
-        if hasattr(pkg_resources, "packaging"):
+    with contextlib.suppress(ImportError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if hasattr(importlib.import_module("pkg_resources"), "packaging"):
             return
-    sys.modules["pkg_resources"] = types.SimpleNamespace(packaging=packaging)
+    replacement: Any = types.SimpleNamespace(packaging=packaging)
+    sys.modules["pkg_resources"] = replacement
 
 
 def published(device: torch.device) -> list[Contender]:
     checkout = os.environ.get("PUBLISHED_SCRIPTS", "")
     if not (Path(checkout) / SCRIPT).is_file():
-        print(f"The published scripts are skipped: PUBLISHED_SCRIPTS names no checkout with {SCRIPT}.")
+        print(f"The published scripts are skipped: PUBLISHED_SCRIPTS is not a checkout that has {SCRIPT}.")
         return []
     dtype, checkout = ("fp16" if device.type == "cuda" else "fp32"), str(Path(checkout).resolve())
     return [
@@ -154,22 +162,20 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device")
-    parser.add_argument("--only", default="", help="words that the rows contain, by comma; the first row always comes")
+    parser.add_argument("--only", default="", help="rows to keep beside the first: parts of names, separated by commas")
     parser.add_argument("--json")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    device, work = resolve_device(given.device), Work(given.model, given.batch_size)
-    precision = resolve_precision(given.precision, device, work.open_model().architecture.text_width)
-    ours = functools.partial(OurStep, precision=precision, gmp=True)
-    first = Contender("ours, GmP", precision, ours)
-    same_loss = Contender(
-        "ours, GmP, their loss", precision, functools.partial(ours, loss="second_order"), "second_order"
-    )
-    others = [c for c in our_contenders(precision) if c.name != first.name]
-    found = [*others, same_loss, *peers(device, print), *published(device)]
-    found = [first, *(c for c in found if any(word in c.name for word in given.only.split(",")))]
-    rows = measure(found, work, device=device, rounds=given.rounds, say=lambda note: print(note, file=sys.stderr))
-    result = Result(machine(device), given.model, given.rounds, rows)
+    device, workload = resolve_device(given.device), Workload(given.model, given.batch_size)
+    precision = resolve_precision(given.precision, device, workload.open_model().architecture.text_width)
+    plain, first, text_tower = our_contenders(precision)
+    build = functools.partial(OurStep, precision=precision, gmp=True, loss="second_order")
+    same_loss = dataclasses.replace(first, name="ours, GmP, their loss", build=build, loss="second_order")
+    others = [plain, text_tower, same_loss, *peers(device, print), *published(device)]
+    contenders = [first, *(c for c in others if any(word in c.name for word in given.only.split(",")))]
+    on_note = functools.partial(print, file=sys.stderr)
+    rows = measure(contenders, workload, device=device, rounds=given.rounds, on_note=on_note)
+    result = BenchResult(machine(device), given.model, given.rounds, rows)
     print(result.table())
     if given.json:
         Path(given.json).write_text(json.dumps(result.as_dict(), indent=1))

@@ -9,7 +9,9 @@ from .clip.lora import export_lora
 from .clip.merge import merge_text_encoder, merge_vision_encoder, transplant_tower
 from .clip.network import build_network
 from .clip.variants.long_clip import stretch_context
-from .data.dataset import ClipDataset, combine_datasets, load_dataset, split_dataset
+from .data.dataset import ClipDataset
+from .data.load import combine_datasets, load_dataset
+from .data.splits import split_dataset
 from .data.tools.convert import convert_captions
 from .errors import UserError
 from .evaluate.calibration import calibrate_logit_scale

@@ -13,12 +13,19 @@ import dataclasses
 import functools
 import math
 import types
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from .errors import UserError
 
 _KIND_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+class Choice(Protocol):
+    """A record in a registry that a setting chooses from."""
+
+    @property
+    def help(self) -> str: ...
 
 
 def setting(
@@ -28,15 +35,17 @@ def setting(
     min: float | None = None,
     max: float | None = None,
     step: float | None = None,
-    choices: Iterable[str] = (),
+    choices: Mapping[str, Choice] | None = None,
     bookkeeping: bool = False,
 ) -> Any:
     """Return a dataclass field.
 
-    `choices`: the names in a registry, for a `str`; a fixed set of words is a `Literal` type instead. `bookkeeping`:
-    changing the value does not change the result of a run.
+    `choices`: a registry whose records a `str` names; their help texts are added to `help`. A fixed set of words is a
+    `Literal` type instead. `bookkeeping`: changing the value does not change the result of a run.
     """
-    metadata = dict(help=help, min=min, max=max, step=step, choices=tuple(choices), bookkeeping=bookkeeping)
+    if choices:
+        help += " " + "; ".join(f"{name}: {choice.help}" for name, choice in choices.items()) + "."
+    metadata = dict(help=help, min=min, max=max, step=step, choices=tuple(choices or ()), bookkeeping=bookkeeping)
     return dataclasses.field(default=default, metadata=types.MappingProxyType(metadata))
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from ..engine.data.dataset import combine_datasets, load_dataset, split_dataset
 from ..engine.data.from_images import dataset_from_images
-from ..engine.data.readers.caption_files import coco_file_beside
-from ..engine.data.readers.registry import FORMATS
-from ..engine.data.tools.convert import TARGETS, convert_captions
+from ..engine.data.load import combine_datasets, load_dataset
+from ..engine.data.readers.coco import coco_file_beside
+from ..engine.data.readers.registry import FORMAT_NAMES, WRITABLE_FORMATS
+from ..engine.data.splits import split_dataset
+from ..engine.data.tools.convert import convert_captions
 from ..engine.errors import UserError
 from . import host
 from .sockets import CATEGORY, Dataset
@@ -67,7 +68,7 @@ class LoadCLIPDataset(io.ComfyNode):
             inputs=[
                 io.Combo.Input("folder", options=host.list_datasets(), tooltip=_FOLDER_TOOLTIP),
                 io.Combo.Input(
-                    "captions", options=list(FORMATS), default="auto", optional=True, tooltip=_CAPTIONS_TOOLTIP
+                    "captions", options=list(FORMAT_NAMES), default="auto", optional=True, tooltip=_CAPTIONS_TOOLTIP
                 ),
                 io.Float.Input(
                     "validation_split",
@@ -219,14 +220,14 @@ class ConvertCLIPCaptions(io.ComfyNode):
                 io.Combo.Input("folder", options=host.list_datasets(), tooltip=_FOLDER_TOOLTIP),
                 io.Combo.Input(
                     "to",
-                    options=list(TARGETS),
+                    options=list(WRITABLE_FORMATS),
                     default="sidecar",
                     tooltip="json: a labels JSON. sidecar: a text file beside each picture. kohya: meta_cap.json. "
                     "metadata: Hugging Face's metadata.jsonl. csv: image,caption. coco: COCO's captions.",
                 ),
                 io.Combo.Input(
                     "captions",
-                    options=list(FORMATS),
+                    options=list(FORMAT_NAMES),
                     default="auto",
                     optional=True,
                     advanced=True,

@@ -7,8 +7,8 @@ from typing import get_type_hints
 
 from comfy_api.latest import io, ui
 
-from ..engine.data.dataset import load_dataset
-from ..engine.data.readers.registry import FORMATS
+from ..engine.data.load import load_dataset
+from ..engine.data.readers.registry import FORMAT_NAMES
 from ..engine.data.tools.findings import report_text
 from ..engine.data.tools.inspect import inspect_dataset, sample_images
 from ..engine.data.tools.prepare import Preparation, prepare_images
@@ -120,7 +120,7 @@ class PrepareCLIPImages(io.ComfyNode):
                 *_preparation_inputs(),
                 io.Combo.Input(
                     "captions",
-                    options=list(FORMATS),
+                    options=list(FORMAT_NAMES),
                     default="auto",
                     optional=True,
                     advanced=True,

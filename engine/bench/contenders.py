@@ -1,4 +1,4 @@
-"""The rows of the table: our steps as the trainer runs them, and the peers' as everybody writes them."""
+"""The rows of the table: our steps as the trainer runs them, and the peers' as their users write them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +24,26 @@ from ..train.setup import Plan
 from ..train.step import TrainingStep, build_weights
 
 
+class Step(Protocol):
+    """Trains on a batch and returns the loss, detached."""
+
+    optimizer: torch.optim.Optimizer
+
+    def __call__(self, batch: Batch) -> Tensor: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One row of the table. `build(model, device, batch)` gives what makes a step of a batch and returns the loss
-    (`.optimizer` is its optimizer); it comes from the top of a module, so that another process can build it too.
+    """One row of the table.
 
-    `loss` is the name of our loss that its loss must equal on the first batch, "" for none. `batches` go through in one
-    call. `towers` are those whose multiplications count.
+    `build` takes the model, the device and the batch; a module-level function, so that another process can call it too.
+    `loss` names the loss in LOSSES that its first loss must equal, "" for none. A call trains on `batches` batches.
+    `towers` are those whose multiplications count.
     """
 
     name: str
     dtype: str
-    build: Callable[[FullCLIP, torch.device, Batch], Any]
+    build: Callable[[FullCLIP, torch.device, Batch], Step]
     loss: str = "infonce"
     batches: int = 1
     towers: tuple[str, ...] = ("vision", "text")
@@ -45,36 +53,23 @@ class Contender:
 
 
 class OurStep:
-    """The trainer's own step, as `clip-finetune train` runs it."""
+    """The trainer's own step, as `clip-finetune train` runs it with these settings."""
 
-    def __init__(
-        self,
-        model: FullCLIP,
-        device: torch.device,
-        batch: Batch,
-        *,
-        precision: str,
-        gmp: bool = False,
-        towers: str = "both",
-        **settings,
-    ):
-        config = TrainConfig.from_flat(batch_size=batch.pairs, precision=precision, gmp=gmp, towers=towers, **settings)
-        if gmp:
-            model = to_gmp(model)
+    def __init__(self, model: FullCLIP, device: torch.device, batch: Batch, *, precision: str, **settings: Any) -> None:
+        config = TrainConfig.from_flat(batch_size=batch.pairs, precision=precision, **settings)
         plan = Plan(device=device, precision=precision, batch_size=batch.pairs, steps_per_epoch=1000, total_steps=1000)
-        weights = build_weights(model, config, plan)
+        weights = build_weights(to_gmp(model) if config.gmp else model, config, plan)
         frozen_vision = None
-        if towers == "text":  # its cache is never asked, because batches bring all features
-            frozen_vision = FrozenFeatures(weights.network, device, None, cache=None)  # type: ignore[arg-type]
+        if config.towers == "text":  # every batch comes with its features, so the cache is never asked
+            frozen_vision = FrozenFeatures(weights.network, device, None, None)  # type: ignore[arg-type]  # no cache
         self.step = TrainingStep(weights, config, plan, frozen_vision=frozen_vision)
         self.optimizer, self.done = self.step.optimizer, 0
-        # As from the second epoch on: the features of the frozen vision tower are cached, and no image is read.
-        self.features = self._features(batch) if frozen_vision else None
+        self.features = None if frozen_vision is None else self._features(batch)
 
     def _features(self, batch: Batch) -> list[Tensor]:
-        network = self.step.network
+        """Do as from the second epoch on: the features of the frozen vision tower are cached, and no image is read."""
         with torch.no_grad():
-            return list(network.encode_image(normalize(batch.images.to(self.step.device), network.dtype)).cpu())
+            return list(self.step.encode_images(batch.images).cpu())
 
     def __call__(self, batch: Batch) -> Tensor:
         if self.features is not None:
@@ -84,21 +79,31 @@ class OurStep:
         return loss
 
 
+def our_contenders(precision: str) -> list[Contender]:
+    def ours(name: str, **settings: Any) -> Contender:
+        towers = ("text",) if settings.get("towers") == "text" else ("vision", "text")
+        return Contender(name, precision, functools.partial(OurStep, precision=precision, **settings), towers=towers)
+
+    return [ours("ours"), ours("ours, GmP", gmp=True), ours("ours, text tower, images cached", towers="text")]
+
+
 # ---- the peers -------------------------------------------------------------------------------------------------------
 
 
 class PeerStep:
-    """A step as everybody writes it: zero_grad, forward (under autocast for `dtype` other than fp32), backward, step,
-    with adabelief-pytorch's own AdaBelief at our settings. `loss` takes the model, pictures and tokens."""
+    """The usual step: zero_grad, forward (under autocast unless `dtype` is fp32), backward, optimizer step.
+
+    The optimizer is adabelief-pytorch's own AdaBelief at our settings. `loss` takes the network, images and token ids.
+    """
 
     def __init__(
         self, network: nn.Module, loss: Callable[[nn.Module, Tensor, Tensor], Tensor], device: torch.device, dtype: str
-    ):
+    ) -> None:
         from adabelief_pytorch import AdaBelief
 
         self.network, self.loss, self.device, self.dtype = network.to(device).train(), loss, device, DTYPES[dtype]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its settings
-            self.optimizer = AdaBelief(
+            self.optimizer: torch.optim.Optimizer = AdaBelief(
                 self.network.parameters(),
                 lr=1e-6,
                 eps=1e-16,
@@ -120,20 +125,21 @@ class PeerStep:
 
 
 def open_clip_step(model: FullCLIP, device: torch.device, batch: Batch, *, dtype: str) -> PeerStep:
-    """`open_clip.CLIP` with these weights, and `open_clip.ClipLoss`."""
+    """Return a step of `open_clip.CLIP` with these weights, and `open_clip.ClipLoss`."""
     import open_clip
 
-    contrast = open_clip.ClipLoss()
+    clip_loss = open_clip.ClipLoss()
     return PeerStep(
-        open_clip_network(model), lambda network, images, tokens: contrast(*network(images, tokens)), device, dtype
+        open_clip_network(model), lambda network, images, tokens: clip_loss(*network(images, tokens)), device, dtype
     )
 
 
 def open_clip_network(model: FullCLIP) -> nn.Module:
-    """open_clip's own model, not the subclass that we run, with these weights in fp32."""
+    """Return open_clip's own model in fp32 with these weights, not the subclass that we run."""
     import open_clip
 
     a = model.architecture
+    assert a.vision_mlp_width is not None, "a vision transformer"
     vision = open_clip.CLIPVisionCfg(
         layers=a.vision_layers,
         width=a.vision_width,
@@ -156,7 +162,7 @@ def open_clip_network(model: FullCLIP) -> nn.Module:
 
 
 def hugging_face_step(model: FullCLIP, device: torch.device, batch: Batch, *, dtype: str) -> PeerStep:
-    """transformers' `CLIPModel` with these weights, and its own loss."""
+    """Return a step of transformers' `CLIPModel` with these weights, and its own loss."""
     from transformers import CLIPConfig, CLIPModel
 
     from ..clip.huggingface import config_of
@@ -164,29 +170,21 @@ def hugging_face_step(model: FullCLIP, device: torch.device, batch: Batch, *, dt
 
     network = CLIPModel(CLIPConfig(**config_of(model.architecture, model.state_dict)))
     network.load_state_dict(to_hf(model.state_dict), strict=False)
-
-    def contrast(network: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
-        return network(pixel_values=images, input_ids=tokens, return_loss=True).loss
-
-    return PeerStep(network, contrast, device, dtype)
-
-
-def our_contenders(precision: str) -> list[Contender]:
-    def ours(name: str, **settings) -> Contender:
-        towers = ("text",) if settings.get("towers") == "text" else ("vision", "text")
-        return Contender(name, precision, functools.partial(OurStep, precision=precision, **settings), towers=towers)
-
-    return [ours("ours"), ours("ours, GmP", gmp=True), ours("ours, text tower, images cached", towers="text")]
+    return PeerStep(
+        network,
+        lambda network, images, tokens: network(pixel_values=images, input_ids=tokens, return_loss=True).loss,
+        device,
+        dtype,
+    )
 
 
-def peers(device: torch.device, say: Callable[[str], None]) -> list[Contender]:
-    """Those whose libraries are installed: in fp32 on a processor, under autocast on a graphics card, as their users
-    train them."""
+def peers(device: torch.device, on_note: Callable[[str], None]) -> list[Contender]:
+    """Return the installed peers as their users train them: in fp32 on a CPU, under bf16 autocast on a GPU."""
     dtype = "bf16" if device.type == "cuda" else "fp32"
-    found = [Contender("open_clip + adabelief-pytorch", dtype, functools.partial(open_clip_step, dtype=dtype))]
+    contenders = [Contender("open_clip + adabelief-pytorch", dtype, functools.partial(open_clip_step, dtype=dtype))]
     if importlib.util.find_spec("transformers") is None:
-        say("Hugging Face's CLIPModel is skipped, because transformers is not installed.")
+        on_note("Hugging Face's CLIPModel is skipped because transformers is not installed.")
     else:
         build = functools.partial(hugging_face_step, dtype=dtype)
-        found.append(Contender("Hugging Face CLIPModel + adabelief-pytorch", dtype, build))
-    return found
+        contenders.append(Contender("Hugging Face CLIPModel + adabelief-pytorch", dtype, build))
+    return contenders

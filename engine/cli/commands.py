@@ -8,8 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..data.dataset import ClipDataset, load_dataset, split_dataset
-from ..data.readers.registry import holds_captions
+from ..data.dataset import ClipDataset
+from ..data.load import load_dataset
+from ..data.readers.caption_files import holds_captions
+from ..data.splits import split_dataset
 from ..data.tools.convert import convert_captions
 from ..data.tools.prepare import Preparation, prepare_images
 from ..errors import UserError
@@ -241,7 +243,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
         threads=arguments.threads,
         device=arguments.device,
         activation=arguments.activation,
-        say=say,
+        on_note=say,
     )
     if arguments.json:
         write_json(arguments.json, found.as_dict())

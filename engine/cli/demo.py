@@ -16,7 +16,8 @@ from ..clip.exports import export_text_encoder
 from ..clip.full_clip import FullCLIP, save_full_clip
 from ..clip.gmp import fold_gmp
 from ..clip.network import random_full_clip
-from ..data.dataset import ClipDataset, load_dataset
+from ..data.dataset import ClipDataset
+from ..data.load import load_dataset
 from ..data.tools.demo_images import IMAGE_SIZE, draw_demo_classes, draw_demo_dataset
 from ..errors import UserError
 from ..evaluate.retrieval import eval_retrieval

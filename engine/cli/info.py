@@ -14,7 +14,8 @@ from ..clip.health import BROKEN_MERGE, describe_text_encoder, not_numbers
 from ..clip.names import text_encoders_in
 from ..clip.sources import find_model_source, holds_a_model
 from ..clip.tensor_files import INDEX_SUFFIX, Contents, read_contents
-from ..data.dataset import ClipDataset, load_dataset
+from ..data.dataset import ClipDataset
+from ..data.load import load_dataset
 from ..errors import UserError, one_line
 from ..report.tables import table
 

@@ -10,8 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import get_type_hints
 
-from ..data.readers.registry import FORMATS
-from ..data.tools.convert import TARGETS
+from ..data.readers.registry import FORMAT_NAMES, WRITABLE_FORMATS
 from ..data.tools.prepare import Preparation
 from ..errors import UserError
 from ..settings import SettingInfo
@@ -195,10 +194,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         required=True,
-        choices=TARGETS,
+        choices=WRITABLE_FORMATS,
         metavar="FORMAT",
-        help="json: a labels JSON. sidecar: a text file beside each picture. kohya: meta_cap.json. metadata: Hugging "
-        "Face's metadata.jsonl. csv: image,caption. coco: COCO's captions.",
+        help=" ".join(f"{known.name}: {known.help}." for known in WRITABLE_FORMATS.values()),
     )
     parser.add_argument(
         "output",
@@ -236,10 +234,10 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 def _add_captions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--caption-format",
-        choices=FORMATS,
+        choices=FORMAT_NAMES,
         default="auto",
         metavar="FORMAT",
-        help=f"what format the captions of DIR are in: {', '.join(FORMATS)} (default: auto, which recognises it)",
+        help=f"what format the captions of DIR are in: {', '.join(FORMAT_NAMES)} (default: auto, which recognises it)",
     )
     parser.add_argument("--image-column", default="", metavar="NAME", help="of a table: where the pictures' names are")
     parser.add_argument(

@@ -1,1 +1,1 @@
-"""Captions and labels, pictures, tokens and batches."""
+"""From files to batches: datasets and their captions, images, tokens, and the loaders that put them together."""

@@ -1,4 +1,4 @@
-"""Whether a data set is still the same: a hash over what it says of its pictures, and over the times of their files."""
+"""Whether a dataset is still the same: a hash over its columns, and over the sizes and times of its image files."""
 
 from __future__ import annotations
 
@@ -7,74 +7,86 @@ import hashlib
 import itertools
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy
 
 from .images.image_files import file_of, stat_of
+from .images.locations import ImageLocations
 from .images.paths import relative
-from .readers.registry import Captions
+from .readers.parsed import Captions
 
-if TYPE_CHECKING:
-    from .dataset import ClipDataset
-
-MOST_STATTED = 50_000  # pictures that are asked for their size and time; a million would take a minute on a slow disk
+MOST_STATTED = 50_000  # images whose size and time are read; a million would take a minute on a slow disk
 
 
-def fingerprint_of(dataset: ClipDataset) -> str:
-    """See `ClipDataset.fingerprint`."""
-    return _by_picture(dataset) if len(dataset) <= MOST_STATTED else _by_folder(dataset)
+def fingerprint_of(
+    locations: ImageLocations,
+    captions: Sequence[tuple[str, ...]],
+    labels: Sequence[int | None],
+    class_names: Sequence[str],
+    originals: Sequence[str],
+    repeats: Sequence[int],
+) -> str:
+    """Return a SHA-256 over a dataset's columns, and the size and time of each image file.
 
-
-def _by_picture(dataset: ClipDataset) -> str:
-    """Runs on the disk depend on it: it must not change."""
+    With more than 50,000 images, the times of their folders replace those of the files: an image that is overwritten in
+    place is not noticed then, one that is added, removed or renamed is.
+    """
+    if len(locations.names) > MOST_STATTED:
+        return _by_folder(locations, captions, labels, class_names, originals, repeats)
     digest = hashlib.sha256()
-    for index, (name, captions, label) in enumerate(zip(dataset.names, dataset.captions, dataset.labels, strict=True)):
-        named = None if label is None else dataset.class_names[label]
-        more = [column[index] for column in (dataset.originals, dataset.repeats) if column]
-        digest.update(repr((name, captions, named, _size_and_time(dataset, index), *more)).encode())
+    for index, (name, texts, label) in enumerate(zip(locations.names, captions, labels, strict=True)):
+        class_name = None if label is None else class_names[label]
+        optional = [column[index] for column in (originals, repeats) if column]
+        digest.update(repr((name, texts, class_name, _size_and_time(locations, index), *optional)).encode())
     return digest.hexdigest()
 
 
-def _size_and_time(dataset: ClipDataset, index: int) -> tuple[int, int] | None:
+def _size_and_time(locations: ImageLocations, index: int) -> tuple[int, int] | None:
     try:
-        found = stat_of(dataset.path(index))
+        stat = stat_of(locations.path(index))
     except (OSError, ValueError):  # the latter for a name with a null character
         return None
-    return found.st_size, found.st_mtime_ns
+    return stat.st_size, stat.st_mtime_ns
 
 
-def _by_folder(dataset: ClipDataset) -> str:
-    """The same columns, a column at a time, and in place of each picture's size and time the times of the folders that
-    pictures lie in."""
+def _by_folder(
+    locations: ImageLocations,
+    captions: Sequence[tuple[str, ...]],
+    labels: Sequence[int | None],
+    class_names: Sequence[str],
+    originals: Sequence[str],
+    repeats: Sequence[int],
+) -> str:
+    """Hash a column at a time, and the times of the image folders."""
     digest = hashlib.sha256()
 
     def add(texts: Sequence[str]) -> None:
-        # With their number and their lengths: where one ends and the next begins counts.
-        digest.update(numpy.fromiter(itertools.chain([len(texts)], map(len, texts)), numpy.int64, 1 + len(texts)))
+        # Their number and lengths too, because where one text ends and the next begins counts.
+        lengths = numpy.fromiter(itertools.chain([len(texts)], map(len, texts)), numpy.int64, 1 + len(texts))
+        digest.update(lengths.tobytes())
         digest.update("".join(texts).encode("utf-8", "surrogatepass"))
 
-    for texts in (dataset.names, Captions.joined([dataset.captions]).lines, dataset.class_names, dataset.originals):
+    for texts in (locations.names, Captions.concatenated([captions]).lines, class_names, originals):
         add(texts)
-    for numbers in ([-1 if label is None else label for label in dataset.labels], dataset.repeats):
-        digest.update(numpy.array([len(numbers), *numbers], dtype=numpy.int64))
-    origins = dataset.origins or itertools.repeat(str(dataset.folder))
-    parts = set(zip(origins, (name.replace("\\", "/").rpartition("/")[0] for name in dataset.names), strict=False))
+    for numbers in ([-1 if label is None else label for label in labels], repeats):
+        digest.update(numpy.array([len(numbers), *numbers], dtype=numpy.int64).tobytes())
+    # The folder of an odd name such as a/.. counts as well, so this does not ask whether a name can be split.
+    named_folders = {(origin, folder) for origin, folder, _ in locations.split_names()}
     times = []
-    for folder in sorted({folder for part in parts for folder in dataset.folders_of(*part)}):
+    for path in sorted({path for named in named_folders for path in locations.candidate_folders(*named)}):
         with contextlib.suppress(OSError, ValueError):  # not there, or a name with a null character
-            times.append(f"{relative(folder, str(dataset.folder))}\0{os.stat(folder).st_mtime_ns}")
+            times.append(f"{relative(path, locations.folder)}\0{os.stat(path).st_mtime_ns}")
     add(times)
-    if holders := _holders(dataset):
-        add(holders)
+    if containers := _containers(locations):
+        add(containers)
     return digest.hexdigest()
 
 
-def _holders(dataset: ClipDataset) -> list[str]:
-    """The sizes and times of the files that hold pictures in their rows: they are few."""
-    origins = dataset.origins or itertools.repeat(str(dataset.folder))
-    firsts: dict[tuple[str, str], int] = {}
-    for index, (origin, name) in enumerate(zip(origins, dataset.names, strict=False)):
+def _containers(locations: ImageLocations) -> list[str]:
+    """Sizes and times of the files that hold images in their rows. They are few."""
+    first: dict[tuple[str, str], int] = {}
+    origins = locations.origins or itertools.repeat(locations.folder)
+    for index, (origin, name) in enumerate(zip(origins, locations.names, strict=False)):
         if "#" in name and (file := file_of(name)) != name:
-            firsts.setdefault((origin, file), index)
-    return sorted(f"{file}\0{_size_and_time(dataset, index)}" for (_, file), index in firsts.items())
+            first.setdefault((origin, file), index)
+    return sorted(f"{file}\0{_size_and_time(locations, index)}" for (_, file), index in first.items())

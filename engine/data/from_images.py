@@ -1,4 +1,4 @@
-"""A data set of pictures that another program holds in memory, such as ComfyUI's IMAGE lists."""
+"""Makes a dataset of images that another program holds in memory, such as ComfyUI's IMAGE lists."""
 
 from __future__ import annotations
 
@@ -12,56 +12,54 @@ import numpy
 
 from ..errors import UserError
 from .dataset import ClipDataset
-from .readers.caption_texts import Gathered
-from .readers.registry import Captions
+from .readers.parsed import CaptionCollector, Captions
 
-# Of every file: a picture that is written again is the same to a run that goes on. 2001-09-09.
+# The time of every file, so that an image that is written again leaves the dataset's fingerprint as it was. 2001-09-09.
 _TIME = 1_000_000_000
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-def dataset_from_images(pictures: Iterable[numpy.ndarray], captions: Sequence[str], folder: Path) -> ClipDataset:
-    """A data set of uint8 pictures [height, width, 1, 3 or 4] and a text for each, of which every line is a caption.
+def dataset_from_images(images: Iterable[numpy.ndarray], captions: Sequence[str], folder: Path) -> ClipDataset:
+    """Return a dataset of uint8 images [height, width, 1, 3 or 4] with a text each, of which every line is a caption.
 
-    The pictures are written to `folder` as PNG, named by what is in them, so that the same ones are the same files; a
-    picture that comes twice has the captions of both. Raises `UserError`.
+    The images are written to `folder` as PNG, named by a hash of their pixels: the same images are the same files, and
+    an image that comes twice has the captions of both. Raises `UserError`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    found, count = Gathered(), 0
-    for count, picture in enumerate(pictures, 1):
+    collector, count = CaptionCollector(), 0
+    for count, image in enumerate(images, 1):
         if count <= len(captions):
-            found.add(_write(picture, folder), captions[count - 1].splitlines() or [""])
+            collector.add(_write(image, folder), captions[count - 1].splitlines() or [""])
     if count != len(captions):
-        raise UserError(
-            f"There are {count} pictures and {len(captions)} captions; connect one caption for each picture."
-        )
-    texts = {name: text for name, text in found.texts().items() if text}
-    if not texts:
-        raise UserError("None of the pictures has a caption; connect the texts of a captioner, one for each picture.")
-    left_out = len(found.texts()) - len(texts)
+        raise UserError(f"There are {count} images and {len(captions)} captions; connect one caption for each image.")
+    by_image = collector.by_image()
+    captioned = {name: lines for name, lines in by_image.items() if lines}
+    if not captioned:
+        raise UserError("None of the images has a caption; connect the texts of a captioner, one for each image.")
+    empty = len(by_image) - len(captioned)
     return ClipDataset(
-        name=f"{len(texts)} images",
+        name=f"{len(captioned)} images",
         folder=folder.absolute(),
         format="images",
         reason="images and captions were connected",
-        names=list(texts),
-        captions=Captions(list(texts.values())),
-        labels=[None] * len(texts),
-        notes=(f"{left_out} pictures have no caption and are left out.",) if left_out else (),
+        names=list(captioned),
+        captions=Captions(list(captioned.values())),
+        labels=[None] * len(captioned),
+        notes=(f"{empty} images have no caption and are left out.",) if empty else (),
     )
 
 
-def _write(picture: numpy.ndarray, folder: Path) -> str:
+def _write(image: numpy.ndarray, folder: Path) -> str:
     from PIL import Image
 
-    digest = hashlib.sha256(repr(picture.shape).encode())
-    digest.update(numpy.ascontiguousarray(picture))
+    digest = hashlib.sha256(repr(image.shape).encode())
+    digest.update(numpy.ascontiguousarray(image).tobytes())
     name = f"{digest.hexdigest()[:32]}.png"
     if not (folder / name).is_file():
-        part = folder / f".{secrets.token_hex(4)}.part"
-        mode = _MODES[picture.shape[2]]
-        plain = picture[:, :, 0] if mode == "L" else picture
-        Image.fromarray(plain, mode).save(part, format="PNG", compress_level=1)
-        os.utime(part, (_TIME, _TIME))
-        os.replace(part, folder / name)
+        unfinished = folder / f".{secrets.token_hex(4)}.part"
+        mode = _MODES[image.shape[2]]
+        pixels = image[:, :, 0] if mode == "L" else image
+        Image.fromarray(pixels, mode).save(unfinished, format="PNG", compress_level=1)
+        os.utime(unfinished, (_TIME, _TIME))
+        os.replace(unfinished, folder / name)
     return name

@@ -1,4 +1,4 @@
-"""Which pictures are copies of which: `originals.tsv`, as preparing pictures writes it."""
+"""Which images are copies of which: `originals.tsv`, written when images are prepared."""
 
 from __future__ import annotations
 
@@ -7,43 +7,43 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import UserError
+from .text_files import open_text
 
 NAME = "originals.tsv"
 HEADER = "picture\toriginal"
 
 
 def read_originals(files: Iterable[Path]) -> dict[str, str]:
-    """The original's path by the copy's, both absolute, of all these files. An original need not be there; a copy of a
-    copy is one of the first. Raises `UserError` for a file that is damaged."""
-    found: dict[str, str] = {}
+    """Return the original of each copy, both as absolute paths, from all these files.
+
+    An original need not be there; a copy of a copy gets the first original. Raises `UserError` for a damaged file.
+    """
+    originals: dict[str, str] = {}
     for file in files:
-        found |= _read(file)
-    return {picture: _first(found, picture) for picture in found}
+        originals |= _read(file)
+    return {copy: _first(originals, copy) for copy in originals}
 
 
 def _read(file: Path) -> dict[str, str]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"{file} cannot be read ({why}).") from error
-    found = {}
+    with open_text(file) as stream:
+        lines = stream.read().splitlines()
+    originals = {}
     for number, line in enumerate(lines, 1):
-        picture, mark, original = line.partition("\t")
-        if (number == 1 and line != HEADER) or (line and not mark):
-            raise UserError(f"{file} has {line[:60]!r} in line {number}; write a picture, a tab and its original.")
+        copy, tab, original = line.partition("\t")
+        if (number == 1 and line != HEADER) or (line and not tab):
+            raise UserError(f"{file} has {line[:60]!r} in line {number}; write an image, a tab and its original.")
         if number > 1 and line:
-            found[_absolute(file, picture)] = _absolute(file, original)
-    return found
+            originals[_absolute(file, copy)] = _absolute(file, original)
+    return originals
 
 
 def _absolute(file: Path, name: str) -> str:
     return os.path.normpath(os.path.join(os.path.abspath(file.parent), name.replace("\\", "/")))
 
 
-def _first(found: dict[str, str], picture: str) -> str:
-    seen = {picture}
-    while (original := found.get(picture, picture)) not in seen:
+def _first(originals: dict[str, str], path: str) -> str:
+    seen = {path}
+    while (original := originals.get(path, path)) not in seen:
         seen.add(original)
-        picture = original
-    return picture
+        path = original
+    return path

@@ -15,8 +15,7 @@ from pathlib import Path
 from ..data.dataset import ClipDataset
 from ..data.images.folder_tree import is_image
 from ..data.images.paths import files_in
-from ..data.readers.caption_texts import in_lines
-from ..data.readers.registry import Captions
+from ..data.readers.parsed import Captions, caption_lines
 from ..errors import UserError, one_line, shown
 
 TEST = "test"
@@ -65,10 +64,10 @@ def _test_pictures(file: Path) -> Iterator[tuple[str, str]]:
                 name, said = record["image"], record["caption"]
                 if not isinstance(name, str):
                     raise TypeError(f"{shown(name)} is no picture's name")
-                yield name, in_lines([said] if isinstance(said, str) else said)
+                yield name, caption_lines([said] if isinstance(said, str) else said)
             elif record["split"] == TEST:
                 name = "/".join(filter(None, (record.get("filepath"), record["filename"])))
-                yield name, in_lines([sentence["raw"] for sentence in record["sentences"]])
+                yield name, caption_lines([sentence["raw"] for sentence in record["sentences"]])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is not Karpathy's split of COCO ({one_line(error)}); download it anew.") from error
 

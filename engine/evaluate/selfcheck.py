@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from ..clip.full_clip import FullCLIP
-from ..data.dataset import ClipDataset, load_dataset
+from ..data.dataset import ClipDataset
 from ..data.images.image_cache import ImageCache
+from ..data.load import load_dataset
 from ..errors import UserError
 from ..report.tables import table
 from .coco import SPLIT_FILES, karpathy_test

@@ -1,4 +1,4 @@
-"""Where and in which number format a training computes."""
+"""The device and the precision of a training."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from torch import Tensor
 
 from ..errors import UserError
 
-# Measured on cores with AVX512-BF16: bf16 takes 1.1 times as long as fp32 at a width of 64, 0.57 at 256, 0.41 at 512.
-_WIDE = 256
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Narrower models are slower in bf16 than in fp32. Time in bf16 / time in fp32, measured on cores with AVX512-BF16: 1.1
+# at width 64, 0.57 at 256, 0.41 at 512.
+_MIN_WIDTH_FOR_BF16 = 256
 
 
 def resolve_device(device: torch.device | str | None) -> torch.device:
@@ -26,40 +27,44 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
             f"The device {str(device)!r} cannot be used here ({str(error).strip().splitlines()[0]}); choose cpu, or "
-            "cuda where there is an NVIDIA or AMD graphics card."
+            "cuda if there is an NVIDIA or AMD GPU."
         ) from error
 
 
 def resolve_precision(precision: str, device: torch.device, width: int) -> str:
-    """auto becomes bf16 where it is fast, fp16 on CUDA cards without it, fp32 elsewhere. Processors need instructions
-    for it, and a model at least so wide that multiplying takes most of the time; `width` is that of the text tower."""
-    if precision == "fp16" and device.type != "cuda":
-        raise UserError(f"precision fp16 needs a CUDA graphics card, and this training runs on {device}; choose bf16.")
+    """Return the precision to compute in, with "auto" replaced by the fastest safe one.
+
+    That is bf16 where the hardware multiplies in bf16 and the model is wide enough to gain from it, fp16 on GPUs
+    without bf16, and fp32 elsewhere. `width` is that of the text tower. Raises `UserError` for fp16 on a device that is
+    neither CUDA nor a CPU.
+    """
+    if precision == "fp16" and device.type not in ("cuda", "cpu"):
+        raise UserError(f"precision fp16 works on CUDA and the CPU, but this training runs on {device}; choose bf16.")
     if precision != "auto":
         return precision
     if device.type == "cuda":
         with torch.cuda.device(device):  # torch asks about the current GPU, which may be another one
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if device.type == "cpu" and width >= _WIDE and _multiplies_bf16() else "fp32"
+    return "bf16" if device.type == "cpu" and width >= _MIN_WIDTH_FOR_BF16 and _cpu_multiplies_bf16() else "fp32"
 
 
-def _multiplies_bf16() -> bool:
-    """Whether this processor has instructions for products of bf16 matrices, as far as torch tells."""
+def _cpu_multiplies_bf16() -> bool:
+    """Return whether the CPU has instructions for bf16 matrix products. Older versions of torch do not say."""
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy of a tensor on the CPU that the host does not wait for: to CUDA out of memory that is pinned."""
+    """Copy a CPU tensor to the device without making the host wait; for CUDA that needs pinned memory."""
     if device.type == "cuda":
         tensor = tensor.contiguous().pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that the device or the machine has no memory left."""
+    """Return whether the error says that the device or the host ran out of memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    # torch has no class of its own for the CPU.
-    words = str(error).lower()
-    return isinstance(error, RuntimeError) and ("allocate memory" in words or "not enough memory" in words)
+    # torch has no exception class for running out of CPU memory.
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("allocate memory" in text or "not enough memory" in text)

@@ -1,4 +1,4 @@
-"""What trains: the towers, blocks and embeddings that a run leaves alone, and those that wait for a later stage."""
+"""Which parameters train: the towers, blocks and embeddings that stay frozen, and those that unfreeze later."""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ class LayersConfig(Settings):
         f"{EXAMPLE}. Validation and the saved model leave it out.",
     )
 
+    def frozen_blocks(self, tower: str) -> int:
+        return self.freeze_text_blocks if tower == "text" else self.freeze_vision_blocks
+
 
 def trains_at_all(
     name: str, architecture: Architecture, towers: Towers, layers: LayersConfig, *, train_logit_scale: bool
@@ -46,43 +49,39 @@ def trains_at_all(
         return train_logit_scale
     if name in SCALARS:
         return True
-    part = parameter_info(name, architecture)
-    if towers not in ("both", part.tower):
+    info = parameter_info(name, architecture)
+    if towers not in ("both", info.tower):
         return False
-    if part.depth == 0:
+    if info.depth == 0:
         return not layers.freeze_embeddings
-    return part.depth > _frozen_blocks(part.tower, layers)
+    return info.depth > layers.frozen_blocks(info.tower)
 
 
 def trains_in_stage(name: str, architecture: Architecture, stage: int, stages: int) -> bool:
-    """Whether the parameter has been unfrozen by `stage` (0-based) of `stages`.
+    """Return whether the parameter is unfrozen in `stage` (from 0) of `stages`.
 
-    From the top of each tower down, an equal share of the blocks a stage, and what is before the blocks with the last.
+    Each stage unfreezes an equal share of each tower's blocks, from the top down; the last also what is before them.
     """
     if name in SCALARS or stage >= stages - 1:
         return True
-    part = parameter_info(name, architecture)
-    layers = layers_of(part.tower, architecture)
-    return part.depth > layers - math.ceil(layers * (stage + 1) / stages)
+    info = parameter_info(name, architecture)
+    blocks = layers_of(info.tower, architecture)
+    return info.depth > blocks - math.ceil(blocks * (stage + 1) / stages)
 
 
 def stage_at(step: int, total_steps: int, stages: int) -> int:
-    """The stage (0-based) of optimizer step `step` (0-based): stages are equally long."""
+    """Return the stage (from 0) of an optimizer step (from 0). Stages are equally long."""
     return min(stages - 1, step * stages // max(total_steps, 1))
 
 
-def check_freezing(architecture: Architecture, config: LayersConfig) -> None:
-    """Raise `UserError` for more frozen blocks or stages than there are blocks, and if nothing would train."""
+def check_freezing(architecture: Architecture, layers: LayersConfig) -> None:
+    """Raise `UserError` if a tower has fewer blocks than are to be frozen, or than there are stages."""
     for tower in ("text", "vision"):
-        layers, frozen = layers_of(tower, architecture), _frozen_blocks(tower, config)
-        if frozen > layers:
-            raise UserError(f"freeze_{tower}_blocks is {frozen}, but the {tower} tower has {layers} blocks.")
-        if config.unfreeze_stages > layers:
+        blocks, frozen = layers_of(tower, architecture), layers.frozen_blocks(tower)
+        if frozen > blocks:
+            raise UserError(f"freeze_{tower}_blocks is {frozen}, but the {tower} tower has {blocks} blocks.")
+        if layers.unfreeze_stages > blocks:
             raise UserError(
-                f"unfreeze_stages is {config.unfreeze_stages}, but the {tower} tower has {layers} blocks; a stage "
-                "needs a block at least."
+                f"unfreeze_stages is {layers.unfreeze_stages}, but the {tower} tower has {blocks} blocks; each stage "
+                "needs at least one."
             )
-
-
-def _frozen_blocks(tower: str, config: LayersConfig) -> int:
-    return config.freeze_text_blocks if tower == "text" else config.freeze_vision_blocks

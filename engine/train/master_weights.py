@@ -1,12 +1,12 @@
-"""The weights of a training: the masters, which the optimizer moves, and the network that computes with them.
+"""The weights of a training: fp32 master weights that the optimizer moves, and the network that computes with them.
 
-Masters are in fp32 under the names in the file, in GmP form r and theta. The network is a plain CLIP in the precision
-of the computation. In GmP form W = r · theta / ‖theta‖ is constant within an optimizer step, and dW → (dr, dtheta) is
-linear: so the network holds W, dW is summed in fp32 over the micro-batches, and once a step
+Master weights have the names in the model's file; in GmP form they are r and theta. The network is always a plain CLIP,
+in the precision of the computation. In GmP form W = r * theta / ‖theta‖ per row, which is constant within an optimizer
+step, and dW → (dr, dtheta) is linear. So the network holds W, micro-batches sum dW in fp32, and once per step
 
-    dr = ⟨dW, u⟩,  dtheta = (r / ‖theta‖) (dW − u ⟨dW, u⟩),  u = theta / ‖theta‖  (by row)
+    dr = <dW, u>,  dtheta = (r / ‖theta‖) (dW - u <dW, u>),  u = theta / ‖theta‖  (per row)
 
-which is what autograd gives through the normalisation (Salimans and Kingma 2016, arXiv:1602.07868, equation 3).
+That equals autograd through the normalisation (Salimans and Kingma 2016, arXiv:1602.07868, equation 3) and costs less.
 """
 
 from __future__ import annotations
@@ -23,53 +23,57 @@ from ..clip.gmp import gmp_to_weight
 from ..clip.network import StoredNorm, network_of, skeleton
 from .optim.parameter_info import SCALARS
 
-MASTERS = torch.float32
-# As torch's `normalize`, so that a theta of zeros gives no NaN.
-_SHORTEST = 1e-12
-# Values of a layer that are worked on at once on a CPU, so that they are fetched from memory once.
+MASTER_DTYPE = torch.float32
+# The lower bound of torch's `normalize` for norms, so that a theta of zeros gives no NaN.
+_MIN_NORM = 1e-12
+# On a CPU, layers are processed in blocks of rows with this many values, each of which is read from memory only once.
 _BLOCK = 2**18
 
 
 class _Fold(NamedTuple):
-    """A weight [out, in] of the network, its r [out, 1], theta [out, in], and the norms [out, 1] of theta's rows."""
+    """A weight [out, in] of the network with its r [out, 1] and theta [out, in]; `norms` [out, 1] is a buffer for
+    ‖theta‖."""
 
     weight: nn.Parameter
     r: nn.Parameter
     theta: nn.Parameter
-    lengths: Tensor
+    norms: Tensor
 
 
 class MasterWeights:
-    """`masters` by name, those that `trains` names; `network` computes in `dtype`.
+    """Keeps `masters`, the trained parameters by name, and `network`, which computes in `dtype`.
 
-    The network's parameter is the master itself where the two have the same form and dtype; any other gets its value by
-    `refresh` and gives its gradient to the master as soon as it is there. `finish_gradients` follows the last backward.
+    Where a master weight has the form and dtype that the network needs, the network's parameter is the master weight
+    itself. Elsewhere the network has its own parameter: `refresh` gives it its value, and a hook passes its gradient on
+    to the master weight during backward. Call `finish_gradients` after the last backward of a step.
     """
 
-    def __init__(self, model: FullCLIP, trains: Callable[[str], bool], *, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, model: FullCLIP, trains: Callable[[str], bool], *, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.model = model
         self.masters: dict[str, nn.Parameter] = {
-            name: nn.Parameter(tensor.to(device, MASTERS, copy=True))
+            name: nn.Parameter(tensor.to(device, MASTER_DTYPE, copy=True))
             for name, tensor in model.state_dict.items()
             if trains(name) and not name.endswith((".running_mean", ".running_var"))
         }
-        self._copies: list[tuple[nn.Parameter, nn.Parameter]] = []  # the network's, the master
+        self._copies: list[tuple[nn.Parameter, nn.Parameter]] = []  # (the network's parameter, its master weight)
         self._folds: list[_Fold] = []
         plain = skeleton(model.architecture, device="meta")
-        exact = {*SCALARS, *_of_stored_norms(plain)}
-        weights = {}
-        for name in plain.state_dict():
-            weights[name] = self._weight(name, device, MASTERS if name in exact or dtype == torch.float32 else dtype)
+        always_fp32 = {*SCALARS, *_stored_norm_names(plain)}
+        weights = {
+            name: self._weight(name, device, MASTER_DTYPE if name in always_fp32 or dtype == torch.float32 else dtype)
+            for name in plain.state_dict()
+        }
         self.network = network_of(model.architecture, weights)
-        for own, master in self._copies:
-            own.register_post_accumulate_grad_hook(functools.partial(_give, master=master))
-        for fold in self._folds:
-            fold.weight.register_post_accumulate_grad_hook(functools.partial(_give, master=fold.theta))
+        # A folded weight's gradient waits at theta, which has its shape, until `finish_gradients`.
+        for own, master in [*self._copies, *((fold.weight, fold.theta) for fold in self._folds)]:
+            own.register_post_accumulate_grad_hook(functools.partial(_move_gradient, master=master))
         self.refresh()
         self.choose(lambda name: True)
 
     def _weight(self, name: str, device: torch.device, dtype: torch.dtype) -> nn.Parameter | Tensor:
-        """What the network computes with under a plain name; its value may come with `refresh`."""
+        """Return the network's tensor of this name; if it is a copy or folded, only `refresh` gives it its value."""
         state, layer = self.model.state_dict, name.removesuffix(".weight")
         if f"{layer}.theta" in self.masters:
             r, theta = self.masters[f"{layer}.r"], self.masters[f"{layer}.theta"]
@@ -88,7 +92,7 @@ class MasterWeights:
         return own
 
     def choose(self, trains: Callable[[str], bool]) -> None:
-        """Let gradients reach the masters of these names alone; nothing else of the network ever has any."""
+        """Let only the master weights that `trains` names get gradients."""
         own = {id(master): own for own, master in self._copies} | {id(fold.theta): fold.weight for fold in self._folds}
         self.network.requires_grad_(False)
         for name, master in self.masters.items():
@@ -98,36 +102,39 @@ class MasterWeights:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Give the network the masters' values; after each change of these."""
+        """Give the network the values of the master weights; call it whenever these have changed."""
         if self._copies:
-            torch._foreach_copy_(*map(list, zip(*self._copies, strict=True)))
+            torch._foreach_copy_([own for own, _ in self._copies], [master for _, master in self._copies])
         for fold in self._folds:
             for rows in _row_blocks(fold.theta):
-                theta, lengths = fold.theta[rows], fold.lengths[rows]
-                torch.linalg.vector_norm(theta, dim=1, keepdim=True, out=lengths).clamp_min_(_SHORTEST)
-                fold.weight[rows] = theta * (fold.r[rows] / lengths)
+                theta, norms = fold.theta[rows], fold.norms[rows]
+                torch.linalg.vector_norm(theta, dim=1, keepdim=True, out=norms).clamp_min_(_MIN_NORM)
+                fold.weight[rows] = theta * (fold.r[rows] / norms)
 
     @torch.no_grad()
     def finish_gradients(self) -> None:
-        """Turn the gradients of folded weights, which lie at theta, into those of r and theta, in their place."""
+        """Turn the gradients dW of folded weights, which wait at theta, into those of r and theta, in place."""
         for fold in self._folds:
             if fold.theta.grad is None:
                 continue
             fold.r.grad = torch.empty_like(fold.r)
             for rows in _row_blocks(fold.theta):
-                theta, change, lengths = fold.theta[rows], fold.theta.grad[rows], fold.lengths[rows]
-                along = torch.linalg.vecdot(change, theta).unsqueeze(1) / lengths
+                theta, gradient, norms = fold.theta[rows], fold.theta.grad[rows], fold.norms[rows]
+                along = torch.linalg.vecdot(gradient, theta).unsqueeze(1) / norms  # <dW, u>
                 fold.r.grad[rows] = along
-                scale = fold.r[rows] / lengths
-                change.mul_(scale).addcmul_(theta, along * scale / lengths, value=-1)
+                scale = fold.r[rows] / norms
+                # scale * dW - scale * <dW, u> * theta / ‖theta‖, without a temporary of theta's size
+                gradient.mul_(scale).addcmul_(theta, along * scale / norms, value=-1)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The whole model as it is now, under the names of its file; what does not train is the model's own."""
+        """Return the whole current model under the names of its file; what does not train is the original's own."""
         return {name: self.masters.get(name, tensor) for name, tensor in self.model.state_dict.items()}
 
 
-def _give(own: nn.Parameter, *, master: nn.Parameter) -> None:
-    """Add the gradient to the master's, and keep none here."""
+def _move_gradient(own: nn.Parameter, *, master: nn.Parameter) -> None:
+    """Add the gradient to the master weight's and free it here. Sums are in fp32, so that small micro-batches count."""
+    if own.grad is None:
+        return
     if master.grad is None:
         master.grad = own.grad.to(master.dtype)
     else:
@@ -141,8 +148,9 @@ def _row_blocks(weight: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, count, step))
 
 
-def _of_stored_norms(network: nn.Module) -> set[str]:
-    """The names of the tensors of a ResNet's BatchNorm layers, which torch computes with in fp32 whatever comes in."""
+def _stored_norm_names(network: nn.Module) -> set[str]:
+    """Return the names of the tensors of a ResNet's BatchNorm layers, which torch computes in fp32 whatever comes
+    in."""
     return {
         f"{module_name}.{name}"
         for module_name, module in network.named_modules()

@@ -19,6 +19,7 @@ from ..clip.variants.resnet import resnet_values
 from ..errors import UserError
 from ..settings import Settings, setting
 from .freezing import LayersConfig
+from .optim.factory import OPTIMIZERS
 
 # The last three were not counted but read off torch's allocator on a CPU: in backward's first block beside what is
 # kept, in the block that it goes through last, and in a block of a forward pass without backward.
@@ -140,7 +141,7 @@ class TensorBytes:
             weights=_bytes(trained.values()) + _bytes(others),
             gradients=_bytes(trained.values()),
             vision_gradients=_bytes(tensor for name, tensor in trained.items() if name.startswith("visual.")),
-            optimizer=optimizer_bytes(trained.values(), optimizer),
+            optimizer=sum(OPTIMIZERS[optimizer].state_bytes(tensor) for tensor in trained.values()),
             largest=max(tensor.numel() for tensor in trained.values()) * itemsize,
             copied=any(tensor.itemsize > itemsize for tensor in trained.values()),
         )
@@ -239,15 +240,6 @@ def _transformer(stream: int, layers: int, itemsize: int, checkpointed: bool) ->
         return Activations(layers * unit, _WHOLE_BLOCK * unit, _WHOLE_BLOCK * unit, _FORWARD * unit)
     kept = max(0, _KEPT_OF_BLOCK * (layers - 1) + _KEPT_OF_LAST) * unit
     return Activations(kept, _PASSING * unit, _WHOLE_BLOCK * unit, _FORWARD * unit)
-
-
-def optimizer_bytes(trained: Iterable[Tensor], optimizer: str) -> int:
-    """Return two moments per trained value; for Adafactor a number per row and column."""
-    if optimizer != "adafactor":
-        return 2 * _bytes(trained)
-    return sum(
-        (t.numel() // t.shape[-1] + t.numel() // t.shape[-2]) * t.itemsize if t.dim() > 1 else t.nbytes for t in trained
-    )
 
 
 def total_bytes(device: torch.device) -> float | None:

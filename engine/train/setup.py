@@ -21,7 +21,7 @@ from .config import TrainConfig
 from .device import resolve_device, resolve_precision
 from .freezing import check_freezing
 from .neuron_scaling import parse_neurons
-from .optim.factory import LearningRateMultipliers
+from .optim.parameter_groups import LearningRateMultipliers
 from .run.results import Callbacks
 
 _STORED_STATISTICS = (

@@ -24,8 +24,9 @@ from .losses import LOSSES, positive_pairs
 from .master_weights import MasterWeights
 from .memory import StepMemory, TensorBytes
 from .neuron_scaling import parse_neurons, scale_neurons
-from .optim.factory import build_optimizer, group_table, parameter_groups, set_learning_rates, undo_steps
-from .optim.gradient_norms import GradientMeter, Norms
+from .optim.factory import build_optimizer, undo_steps
+from .optim.gradient_norms import GradientMeter, GradientNorms
+from .optim.parameter_groups import group_table, parameter_groups, set_learning_rates
 from .optim.parameter_info import SCALARS
 from .run.checkpoints import StepState, pack, unpack
 from .run.metrics import StepOutcome
@@ -35,6 +36,9 @@ from .schedules import SCHEDULES
 from .setup import Plan
 
 MAX_LOGIT_SCALE = math.log(100)
+# Loss scale under fp16. torch's default of 65536 overflowed in 4 of the first 6 steps of a small CLIP, and a skipped
+# step trains nothing. Below the lowest scale, which is fairseq's, no gradient is an overflow any more.
+_FIRST_SCALE, _LOWEST_SCALE = 2.0**10, 1e-4
 _LENGTHS = 8  # on CUDA captions are trimmed to multiples of it: fewer shapes, which suit the matrix units
 
 
@@ -88,7 +92,7 @@ class TrainingStep:
         self.meter = GradientMeter(groups, self.architecture)
         self.group_rows = group_table(groups, config.learning_rate)
         self.broken = torch.zeros((), device=plan.device)  # above 0 once a step was not finite
-        self.scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(plan.device.type, init_scale=_FIRST_SCALE, enabled=plan.precision == "fp16")
         self.stage = -1
         self._enter_stage(0)
         self.micro_batch = config.memory.micro_batch
@@ -120,7 +124,7 @@ class TrainingStep:
                     sides,
                     lambda images, texts: self.loss(images, texts, self.network.logit_scale, positives),
                     micro_batch=self.micro_batch,
-                    loss_factor=self.scaler.get_scale() if self.scaler.is_enabled() else 1.0,
+                    scale=self.scaler.scale,
                     check_cancelled=self.callbacks.check_cancelled,
                     timed=self.profile,
                 )
@@ -149,35 +153,47 @@ class TrainingStep:
         Once a step is not finite, none after it moves the weights, until `undo`.
         """
         settings = self.config.optimizer
-        factor = SCHEDULES[settings.schedule](done, self.plan.total_steps, settings.warmup, settings.min_lr_ratio)
+        factor = SCHEDULES[settings.schedule].multiple(
+            done, self.plan.total_steps, settings.warmup, settings.min_lr_ratio
+        )
         rates = set_learning_rates(self.optimizer, self.config.learning_rate, factor)
         logit_scale = self.network.logit_scale.detach().exp()
         with self.profile("optimizer"):
             finite, norms = self._move(loss)
         return StepOutcome(loss, logit_scale, finite, norms, rates)
 
-    def _move(self, loss: Tensor) -> tuple[Tensor, Norms]:
+    def _move(self, loss: Tensor) -> tuple[Tensor, GradientNorms]:
         """Return whether the weights moved (bool tensor), and the gradient norms before clipping."""
         self.scaler.unscale_(self.optimizer)
         norms = self.meter.measure()
         if self.config.optimizer.max_grad_norm:
             self.meter.clip(norms, self.config.optimizer.max_grad_norm)
-        # Under fp16 an infinite gradient is how the scaler finds its scale: it skips such a step and goes on.
-        finite = torch.isfinite(loss) if self.scaler.is_enabled() else torch.isfinite(loss) & norms.total.isfinite()
+        finite = torch.isfinite(loss)
+        if not self._can_lower_scale():
+            finite = finite & norms.total.isfinite()
         self.broken.copy_(torch.maximum(self.broken, (~finite).float()))
         finite = self.broken == 0
-        if self.scaler.is_enabled():
-            if bool(norms.total.isfinite() & finite):
-                self.optimizer.step()
-            self.scaler.update()
-        else:
+        if not self.scaler.is_enabled():
             self.optimizer.found_inf = self.broken  # type: ignore[attr-defined]  # as torch's GradScaler sets it
             self.optimizer.step()
+        elif finite:
+            self.scaler.step(self.optimizer)  # does nothing where a gradient overflowed
+            self.scaler.update()
+        else:
+            self.scaler.update(self.scaler.get_scale())  # ends the step and changes nothing
         if self.network.logit_scale.requires_grad:
             with torch.no_grad():
                 self.network.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
         self.weights.refresh()
         return finite, norms
+
+    def _can_lower_scale(self) -> bool:
+        """Return whether an infinite gradient may be an overflow of fp16, which a lower loss scale avoids.
+
+        The scaler skips such a step and halves its scale. A gradient that is still infinite at `_LOWEST_SCALE` will
+        never be finite.
+        """
+        return self.scaler.is_enabled() and self.scaler.get_scale() > _LOWEST_SCALE
 
     # ---- the towers ------------------------------------------------------------------------------------------------
 
@@ -188,11 +204,11 @@ class TrainingStep:
     def _image_side(self, batch: Batch) -> Side:
         frozen = self.frozen_vision
         if frozen is None:
-            return Side(self._encode_images, batch.images, self.trains_vision)
+            return Side(self.encode_images, batch.images, self.trains_vision)
         with self.profile("forward"):
             return Side(frozen.encode, frozen.inputs(batch, self.micro_batch), self.trains_vision)
 
-    def _encode_images(self, images_u8: Tensor) -> Tensor:
+    def encode_images(self, images_u8: Tensor) -> Tensor:
         return self.network.encode_image(normalize(to_device(images_u8, self.device), self.network.dtype))
 
     def _encode_texts(self, tokens: Tensor) -> Tensor:
@@ -238,7 +254,10 @@ class TrainingStep:
         )
 
     def undo(self, steps: int) -> None:
-        """Undo the last steps, which changed nothing because one was not finite."""
+        """Undo the last steps, which changed nothing because one was not finite.
+
+        Under fp16 the optimizer was not even called, so its counters are right already.
+        """
         if not self.scaler.is_enabled():
             undo_steps(self.optimizer, steps)
         self.broken.zero_()

@@ -258,7 +258,8 @@ class Trainer:
         taken = self.pending.take()
         good = [numbers for numbers in taken if numbers.finite]
         for numbers in good:
-            self.notes.extend(self.work.meter.warnings(numbers.by_layer))
+            if math.isfinite(numbers.grad_norm):  # else fp16 skipped the step, which is no reason to warn
+                self.notes.extend(self.work.meter.warnings(numbers.by_layer))
         self.log.add_steps([numbers.line for numbers in good])
         if undone := len(taken) - len(good):
             self.work.undo(undone)
@@ -313,6 +314,11 @@ class Trainer:
                 f"{len(truncated)} captions are longer than the {context_length} tokens that the model reads and were "
                 "cut, each after its last whole word that fits."
             )
+        if skipped := sum(line.get("skipped", False) for line in self.log.steps):
+            self.notes.add(
+                f"{skipped} of the {len(self.log.steps)} steps changed nothing because a gradient was too large for "
+                "fp16; with precision bf16 or fp32 every step trains."
+            )
         if profile.enabled:
             self.notes.add("Where the time of a step went:\n" + table(profile.rows()))
 
@@ -332,7 +338,7 @@ class Trainer:
     def _not_finite(self, bad: StepNumbers) -> UserError:
         what = f"the loss became {bad.line['loss']}"
         if math.isfinite(bad.line["loss"]):
-            what = f"the gradient became {bad.grad_norm}, {self.work.meter.broken_place(bad.by_layer)}"
+            what = f"the gradient became {bad.grad_norm}, {self.work.meter.nonfinite_layers(bad.by_layer)}"
         kept = f" The weights from before that step are kept in {self.log.folder.path}." if self.step else ""
         return UserError(
             f"The training stopped at step {bad.line['step']} because {what}.{kept} Try a lower learning_rate, or "

@@ -19,7 +19,8 @@ import torch
 from server import PromptServer
 
 from ...engine.clip.tensor_files import INDEX_SUFFIX
-from ...engine.data.readers.folders import holds_captioned_images
+from ...engine.data.images.folder_tree import walk
+from ...engine.data.readers.sidecars import holds_captioned_images
 from ...engine.errors import UserError
 
 MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -98,18 +99,19 @@ def _captioned_output() -> tuple[str, list[str]]:
     return root, [name for name in names[:_MOST_LOOKED_INTO] if holds_captioned_images(os.path.join(root, name))]
 
 
-def _subfolders(root: str, depth: int, prefix: str = "") -> list[str]:
-    try:
-        with os.scandir(os.path.join(root, prefix)) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    except OSError:
-        return []
+def _subfolders(root: str, depth: int) -> list[str]:
+    """Return the folders below `root`, down to `depth` levels, by their paths from it; hidden ones are left out.
+
+    A link is listed like a folder, but what lies in a real folder is listed once.
+    """
     found = []
-    for name in names:
-        found.append(prefix + name)
-        if depth > 1:
-            found += _subfolders(root, depth - 1, f"{prefix}{name}/")
-    return found
+    for folder, names, _ in walk(root):
+        prefix = os.path.relpath(folder, root).replace(os.sep, "/") + "/" if folder != root else ""
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        found += [prefix + name for name in names]
+        if prefix.count("/") + 1 >= depth:
+            names.clear()
+    return sorted(found, key=lambda name: name.split("/"))
 
 
 def list_datasets() -> list[str]:
@@ -158,7 +160,7 @@ def folder_fingerprint(folder: str) -> list[tuple]:
     """Changes when a file in the folder does; of more than 50,000 files, only caption files and folders (the node's
     help says it)."""
     files, light = [], []
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in walk(folder):
         light.append((root, os.stat(root).st_mtime_ns))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
@@ -167,8 +169,6 @@ def folder_fingerprint(folder: str) -> list[tuple]:
                 files.append(path)
             if name.lower().endswith((".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".caption")):
                 light.append(file_fingerprint(path))
-        if root.count(os.sep) - folder.count(os.sep) > 16:  # a folder inside its own link
-            folders.clear()
     return sorted(light if len(files) > _MAX_FINGERPRINTED else map(file_fingerprint, filter(os.path.exists, files)))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...openai import MEAN, STD
-from .image_files import TOO_LARGE, BrokenImage, MissingImage, open_bytes, opener_of
+from .image_files import TOO_LARGE, BrokenImage, MissingImage, open_bytes, open_image
 
 _LONGEST = 64  # times its shorter side
 _ORIENTATION = 0x0112  # EXIF's tag
@@ -31,7 +31,7 @@ def decode(path: str | os.PathLike, background: str = "white"):
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(opener_of(path)) as opened:
+        with open_image(path) as opened:
             if Image.MAX_IMAGE_PIXELS and opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
                 raise BrokenImage(TOO_LARGE)
             ImageOps.exif_transpose(opened, in_place=True)  # otherwise it copies all pixels, as convert does below
@@ -58,12 +58,10 @@ def decode(path: str | os.PathLike, background: str = "white"):
 def decode_plain_jpeg(path: str | os.PathLike) -> Tensor | None:
     """The pixels of `decode` as uint8 [3, h, w] from torchvision's decoder, whose bits are those of Pillow's; None for
     what is not a whole RGB JPEG that stands upright, of an ordinary size: that is Pillow's to open, or to refuse."""
-    from PIL import Image
-
     try:
         from torchvision.io import decode_jpeg  # which torchvision means to remove one day
 
-        with open_bytes(path) as file, Image.open(file) as opened:
+        with open_bytes(path) as file, open_image(file) as opened:
             width, height = opened.size
             upright = opened.getexif().get(_ORIENTATION, 1) == 1
             plain = opened.format == "JPEG" and opened.mode == "RGB" and upright and _is_ordinary(width, height)

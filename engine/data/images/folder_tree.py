@@ -7,10 +7,48 @@ import functools
 import itertools
 import os
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ...errors import UserError
+from .image_files import image_formats
+
+
+def walk(
+    top: str | os.PathLike, failed: Callable[[OSError], None] = lambda error: None
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield (folder, names of folders in it, names of files in it) from `top` down, as `os.walk` does.
+
+    Links to folders are followed, but each real folder is listed once: two links to a folder above them would double
+    the walk at every level. Remove names from the list of folders to stay out of them, or sort it to set the order.
+    `failed` gets the error of a folder that cannot be listed.
+    """
+    seen: set[str] = set()
+    waiting = [os.fspath(top)]
+    while waiting:
+        folder = waiting.pop()
+        real = os.path.realpath(folder)
+        if real in seen:
+            continue
+        seen.add(real)
+        folders: list[str] = []
+        files: list[str] = []
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    (folders if _is_folder(entry) else files).append(entry.name)
+        except OSError as error:
+            failed(error)
+            continue
+        yield folder, folders, files
+        waiting += [os.path.join(folder, name) for name in reversed(folders)]
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +74,8 @@ class Tree:
                 ) from error
             closed.append(_from_top(error.filename, top))
 
-        seen, folders = set(), []
-        for root, below, files in os.walk(top, followlinks=True, onerror=failed):
-            real = os.path.realpath(root)
-            if real in seen:
-                below.clear()
-                continue
-            seen.add(real)
+        folders = []
+        for root, below, files in walk(top, failed):
             below[:] = sorted(name for name in below if not name.startswith((".", "__MACOSX")))
             folders.append((_from_top(root, top), tuple(sorted(n for n in files if not n.startswith(".")))))
         return cls(top, tuple(folders), tuple(closed))
@@ -100,19 +133,11 @@ def _from_top(folder: str, top: Path) -> str:
 
 @functools.cache
 def image_suffixes() -> frozenset[str]:
-    """Extensions, in lower case, of the formats that Pillow opens."""
-    from PIL import Image, ImageFile
+    """Extensions, in lower case, of the formats in `image_formats`."""
+    from PIL import Image
 
-    registered = Image.registered_extensions()
-    # Pillow knows these by name only: it cannot decode them.
-    stubs = {kind for kind, (opener, _) in Image.OPEN.items() if _derives(opener, ImageFile.StubImageFile)} | {"MPEG"}
-    # Read by starting another program, Ghostscript; nothing that lies in a data set is ever run.
-    stubs.add("EPS")
-    return frozenset(suffix for suffix, kind in registered.items() if kind in Image.OPEN and kind not in stubs)
-
-
-def _derives(opener: object, base: type) -> bool:
-    return isinstance(opener, type) and issubclass(opener, base)
+    formats = image_formats()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
 def is_image(name: str) -> bool:

@@ -87,6 +87,35 @@ def open_bytes(place: str | os.PathLike | BinaryIO) -> Iterator[BinaryIO]:
         yield source
 
 
+@functools.cache
+def image_formats() -> tuple[str, ...]:
+    """Return Pillow's names of the formats that it decodes itself, in the order in which it tries them.
+
+    Pillow goes by a file's content, whatever its name, so each of these can come from any dataset. Left out are EPS,
+    which runs Ghostscript; IPTC, which opens the file inside it as any format, EPS included; WMF and the other stubs,
+    which hand the file to the operating system or to another library; and MPEG, which Pillow cannot decode.
+    """
+    from PIL import Image, ImageFile
+
+    Image.init()
+    stubs = {name for name, (opener, _) in Image.OPEN.items() if _derives(opener, ImageFile.StubImageFile)}
+    return tuple(name for name in Image.ID if name not in stubs | {"EPS", "IPTC", "MPEG"})
+
+
+def _derives(opener: object, base: type) -> bool:
+    return isinstance(opener, type) and issubclass(opener, base)
+
+
+def open_image(place: str | os.PathLike | BinaryIO):
+    """Open an image with Pillow, which decodes it later: the only call of `Image.open`, limited to `image_formats`.
+
+    Raises `BrokenImage` and what Pillow raises, `UnidentifiedImageError` for any other format among it.
+    """
+    from PIL import Image
+
+    return Image.open(opener_of(place), formats=image_formats())
+
+
 def suffix_of(place: str | os.PathLike) -> str:
     """The extension of a picture's file, in lower case; of one in a row, as its bytes are. Raises `BrokenImage`."""
     if row_of(place) is None:
@@ -94,7 +123,7 @@ def suffix_of(place: str | os.PathLike) -> str:
     from PIL import Image
 
     try:
-        with Image.open(opener_of(place)) as opened:
+        with open_image(place) as opened:
             form = opened.format
     except (OSError, Image.DecompressionBombError) as error:
         raise BrokenImage("it is not a picture that Pillow can open") from error

@@ -1,4 +1,5 @@
-"""Caption files in a folder: what each of them is, what it holds, and where the pictures that it names lie."""
+"""Reads the captions of a folder or a file: recognises the format, reads every file that has it, and finds the folder
+that its image names start from. No image is opened meanwhile."""
 
 from __future__ import annotations
 
@@ -6,252 +7,280 @@ import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ...errors import UserError
-from ..images.folder_tree import Tree, is_image, joined
+from ..images.folder_tree import Tree, joined
 from ..images.image_files import file_of
 from ..originals import NAME as ORIGINALS
-from . import json_files, parquet, tables
-from .caption_texts import in_lines
-from .parsed import Reading
-from .tables import Columns
+from ..originals import read_originals
+from .coco import COCO_LISTS
+from .columns import Columns
+from .json_stream import json_members
+from .parquet import parquet_notes
+from .parsed import FileCaptions, ParsedCaptions, Source, caption_lines
+from .records import choose_columns
+from .registry import CAPTION_FORMATS, FORMAT_NAMES, CaptionFormat, Clue
 
-_LOOKED_FOR = 8  # pictures that are looked for to see where a file's names start
-_MOST_FOLDERS = 10_000  # in which they are
-
-_JSON, _TABLES = (".json",), (".csv", ".tsv")
-# A table although its name says otherwise: Flickr8k's captions are often found so.
-_TABLE_NAMES = ("captions.txt",)
-_SUFFIXES = {
-    "json": _JSON,
-    "kohya": _JSON,
-    "coco": _JSON,
-    "metadata": (".jsonl", ".json", *_TABLES),
-    "csv": _TABLES,
-    "interrogator": _TABLES,
-    "labels": (".jsonl", ".json", *_TABLES, ".parquet"),
-    "parquet": (".parquet",),
-}
-_WORDS = {
-    "json": "captions",
-    "kohya": "captions in kohya's way",
-    "coco": "COCO's captions",
-    "metadata": "captions in Hugging Face's way",
-    "csv": "captions",
-    "interrogator": "CLIP Interrogator's prompts",
-    "labels": "classes",
-    "parquet": "captions",
-}
-_CLASSIFIERS: dict[str, Callable[[Path, Columns], tuple[str | None, str]]] = {
-    ".json": json_files.kind_of_json,
-    ".jsonl": json_files.kind_of_lines,
-    ".csv": tables.kind_of_table,
-    ".tsv": tables.kind_of_table,
-    ".txt": tables.kind_of_table,
-    ".parquet": parquet.kind_of_parquet,
-}
-
-_DISPUTED = "{} pictures have rows that do not agree; their class is what most say, or each of those that as many say."
+_WAYS_TO_CAPTION = (
+    'a .txt file beside each image, a labels JSON such as {"image.jpg": ["a caption"]}, a CSV that begins with the '
+    "line image,caption, or a subfolder for each class"
+)
+# Tables although their names say otherwise: Flickr8k's captions are often found so.
+_TEXT_TABLES = ("captions.txt",)
+_SUFFIXES = frozenset(suffix for known in CAPTION_FORMATS if known.read_file for suffix in known.suffixes)
+_MOST_SNIFFED = 20  # a JSON that begins with this many unknown members is no caption file, and not read to its end
+_NAMES_TRIED = 8  # when looking for the folder that a file's names start from
+_MOST_FOLDERS = 10_000  # that are tried
+_DISPUTED = "{} images have rows that do not agree; their class is what most say, or each of those that as many say."
 
 
-class Source:
-    """The files of a folder, or a single caption file (`single`), and what its caption files are."""
+def read_captions(path: Path, format_name: str = "auto", columns: Columns | None = None) -> ParsedCaptions:
+    """Read a folder or one caption file.
 
-    def __init__(self, tree: Tree, columns: Columns, single: bool = False):
-        self.tree, self.columns, self.single = tree, columns, single
-        self.kinds: dict[Path, tuple[str | None, str]] = {}
+    In a folder, the formats are tried in the order of `CAPTION_FORMATS`; with `columns`, only those that have columns.
+    Raises `UserError`, in one sentence, if there is nothing to read.
+    """
+    if format_name not in FORMAT_NAMES:
+        raise UserError(f"The caption format {format_name!r} is not known; choose {', '.join(FORMAT_NAMES)}.")
+    if os.path.isfile(path):
+        parsed = _read_single(path, format_name, columns or Columns())
+        lists = [path.with_name(ORIGINALS)]
+        return dataclasses.replace(parsed, originals=read_originals(filter(os.path.isfile, lists)))
+    if not os.path.isdir(path):
+        raise UserError(f"{path} does not exist; give a folder of images with captions, or a labels JSON.")
+    files = _CaptionFiles(Source(Tree.of(path), columns or Columns()))
+    refusals: dict[str, str] = {}
+    for known in CAPTION_FORMATS:
+        if (known.has_columns or columns is None) if format_name == "auto" else known.name == format_name:
+            result = files.read(known)
+            if isinstance(result, ParsedCaptions):
+                return _finished(result, files, known if format_name == "auto" else None)
+            refusals[known.name] = result
+    raise UserError(_nothing_read(files.source.tree, refusals))
 
-    def caption_files(self, suffixes: Sequence[str]) -> Iterator[str]:
-        """Paths, from the top, of files that may hold the captions of many pictures."""
-        for folder, name in self.tree.files((*suffixes, ".txt") if ".csv" in suffixes else suffixes):
-            if name == ORIGINALS or (name.lower().endswith(".txt") and name.lower() not in _TABLE_NAMES):
+
+def holds_captions(file: str | os.PathLike) -> bool:
+    """Whether captions, or classes, can be read from this file."""
+    try:
+        _read_single(Path(file), "auto", Columns())
+    except UserError:
+        return False
+    return True
+
+
+def _read_single(file: Path, format_name: str, columns: Columns) -> ParsedCaptions:
+    source = Source(Tree(file.parent, (("", (file.name,)),)), columns, single=True)
+    files = _CaptionFiles(source)
+    known, what = files.recognise(file.name) if file.name in files.names(_SUFFIXES) else (None, "is no caption file")
+    captions: FileCaptions | str
+    if known is None or known.read_file is None:
+        captions = f"{what}, not captions by image"
+    elif format_name not in ("auto", known.name):
+        captions = f"holds {known.holds}, which is {known.name} and not {format_name}"
+    else:
+        captions = known.read_file(file, source)
+    if known is None or isinstance(captions, str):
+        raise UserError(f"{file} {captions}; give {_WAYS_TO_CAPTION}.")
+    return _merged(known, f"{file.name} was chosen", {file: captions}, source)
+
+
+def _finished(parsed: ParsedCaptions, files: _CaptionFiles, recognised: CaptionFormat | None) -> ParsedCaptions:
+    """Add the originals of copies, and notes on what was not read; `recognised` is the format if no one chose it."""
+    tree, notes = files.source.tree, list(parsed.notes)
+    if tree.closed:
+        shown = ", ".join(tree.closed[:3])
+        notes.append(f"{len(tree.closed)} folders in it may not be read and are left out: {shown}.")
+    if recognised:
+        notes += files.unread(recognised)
+    lists = [tree.top / folder / ORIGINALS for folder in tree.folders_with(ORIGINALS)]
+    return dataclasses.replace(parsed, notes=notes, originals=read_originals(lists))
+
+
+def _nothing_read(tree: Tree, refusals: dict[str, str]) -> str:
+    reasons = list(dict.fromkeys(reason for reason in refusals.values() if reason))
+    if not tree.pictures:
+        shown = f" ({reasons[0]})" if reasons else ""
+        return f"{tree.top} holds no images{shown}; choose the folder that your captioned images are in."
+    if len(refusals) == 1:
+        ((name, reason),) = refusals.items()
+        return f"{tree.top} cannot be read as {name}{': ' if reason else ''}{reason}; choose auto, or another folder."
+    shown = f" ({'; '.join(reasons)})" if reasons else ""
+    return f"{tree.top} holds {len(tree.pictures)} images but no captions for them{shown}: give {_WAYS_TO_CAPTION}."
+
+
+class _CaptionFiles:
+    """The files of a source that may hold the captions of many images, each recognised once."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._recognised: dict[str, tuple[CaptionFormat | None, str]] = {}
+
+    def names(self, suffixes: Sequence[str] | frozenset[str]) -> Iterator[str]:
+        """Paths, from the top of the tree, of the files with these suffixes."""
+        tree = self.source.tree
+        for folder, name in tree.files(suffixes):
+            lower = name.lower()
+            if name == ORIGINALS or (lower.endswith(".txt") and lower not in _TEXT_TABLES):
                 continue
-            if self.single or not (name.lower().endswith(".json") and self.tree.is_beside_an_image(folder, name)):
+            if self.source.single or not (lower.endswith(".json") and tree.is_beside_an_image(folder, name)):
                 yield joined(folder, name)
 
-    def kind_of(self, file: Path) -> tuple[str | None, str]:
-        """(the file's format or None, in a few words what it is or which columns hold its captions)."""
-        if file not in self.kinds:
-            self.kinds[file] = _CLASSIFIERS[file.suffix.lower()](file, self.columns)
-        return self.kinds[file]
+    def recognise(self, name: str) -> tuple[CaptionFormat | None, str]:
+        """(the format or None, its caption columns if it has several or what the file is). Raises `UserError`."""
+        if name not in self._recognised:
+            self._recognised[name] = _recognise(self.source.tree.top / name, self.source.columns)
+        return self._recognised[name]
 
-    def unread(self, kind: str) -> list[str]:
-        """Sentences about the caption files of other formats than the one that is read."""
+    def read(self, known: CaptionFormat) -> ParsedCaptions | str:
+        """Read all captions of one format, or return why there are none. Raises `UserError` for damaged files."""
+        parsed = self._read_files(known) if known.read_file else ""
+        if isinstance(parsed, str) and known.read_folder:
+            return known.read_folder(self.source.tree) or parsed
+        return parsed
+
+    def _read_files(self, known: CaptionFormat) -> ParsedCaptions | str:
+        assert known.read_file is not None
+        shown, refusals, captions = [], [], {}
+        for name in self.names(known.suffixes):
+            recognised, what = self.recognise(name)
+            if recognised is known:
+                contents = known.read_file(self.source.tree.top / name, self.source)
+                if isinstance(contents, str):
+                    recognised, what = self._recognised[name] = None, contents
+                else:
+                    shown.append(f"{name} (columns {what})" if what else name)
+                    captions[self.source.tree.top / name] = contents
+            if recognised is None:
+                refusals.append(f"{name} {what}")
+        if not captions:
+            return refusals[0] if refusals else ""
+        more = f" and {len(shown) - 1} more hold" if len(shown) > 1 else " holds"
+        return _merged(known, f"{shown[0]}{more} {known.holds}", captions, self.source)
+
+    def unread(self, read: CaptionFormat) -> list[str]:
+        """Notes on the caption files of other formats than the one that was read."""
         notes = []
-        for name in self.caption_files(tuple(_CLASSIFIERS)):
-            with contextlib.suppress(UserError):  # what is damaged is not read either
-                found = self.kind_of(self.tree.top / name)[0]
-                if found not in (None, kind):
-                    notes.append(f"{name} is not read, because {kind} goes first; for it, choose captions: {found}.")
+        for name in self.names(_SUFFIXES):
+            with contextlib.suppress(UserError):  # a damaged file is not read either
+                known, _ = self.recognise(name)
+                if known not in (None, read):
+                    notes.append(
+                        f"{name} is not read, because {read.name} goes first; for it, choose captions: {known.name}."
+                    )
         return notes
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Part:
-    """What one caption file holds: captions or classes by picture name, and the folder that the names start from."""
-
-    start: str
-    found: dict[str, str]
-    disputed: int = 0
+# ---- recognising a file ----------------------------------------------------------------------------------------------
 
 
-def read_file(file: Path, kind: str, columns: Columns) -> Reading | str:
-    """A single caption file, or in a few words what it is if it holds no captions. Raises `UserError`."""
-    source = Source(Tree(file.parent, (("", (file.name,)),)), columns, single=True)
-    if file.name not in source.caption_files(tuple(_CLASSIFIERS)):
-        return "is not a caption file"
-    found, words = source.kind_of(file)
-    if found is None:
-        return f"{words}, not captions by picture"
-    if kind not in ("auto", found):
-        return f"holds {_WORDS[found]}, which is {found} and not {kind}"
-    part = _part(source, file, found)
-    if isinstance(part, str):
-        return part
-    return _with_notes(_rows(found, f"{file.name} was chosen", [part]), [file], columns)
+def _recognise(file: Path, columns: Columns) -> tuple[CaptionFormat | None, str]:
+    if file.suffix.lower() == ".json":
+        return _recognise_json(file, columns)
+    chosen = choose_columns(file, columns)
+    if isinstance(chosen, str):
+        return None, chosen
+    return _matching(Clue(file, columns=chosen)), chosen.caption_columns
 
 
-def read_files(kind: str, source: Source) -> Reading | str:
-    """All caption files of one format, wherever in the folder they are."""
-    read, others, parts, files = [], [], [], []
-    for name in source.caption_files(_SUFFIXES[kind]):
-        found, words = source.kind_of(source.tree.top / name)
-        if found == kind:
-            part = _part(source, source.tree.top / name, kind)
-            if isinstance(part, _Part):
-                read.append(f"{name} (columns {words})" if words else name)
-                parts.append(part)
-                files.append(source.tree.top / name)
-            else:
-                source.kinds[source.tree.top / name] = (None, part)
-                others.append(f"{name} {part}")
-        elif found is None:
-            others.append(f"{name} {words}")
-    if not parts:
-        return others[0] if others else ""
-    more = f" and {len(read) - 1} more" if len(read) > 1 else ""
-    reading = _rows(kind, f"{read[0]}{more} {'hold' if more else 'holds'} {_WORDS[kind]}", parts)
-    return _with_notes(reading, files, source.columns)
+def _recognise_json(file: Path, columns: Columns) -> tuple[CaptionFormat | None, str]:
+    names = []
+    for name, value in itertools.islice(json_members(file, COCO_LISTS), _MOST_SNIFFED):
+        if name is None:
+            chosen = columns.choose(list(value)) if isinstance(value, Mapping) else None
+            known = _matching(Clue(file, columns=chosen))
+            return known, "" if known else "is JSON, but no records with an image's name and captions"
+        if known := _matching(Clue(file, member=(name, value))):
+            return known, ""
+        names.append(name)
+    keys = f"the keys {', '.join(name[:40] for name in names[:4])}" if names else "nothing"
+    return None, f"is a JSON object with {keys} in it"
 
 
-def _with_notes(reading: Reading, files: Sequence[Path], columns: Columns) -> Reading:
-    files = [file for file in files if file.suffix.lower() == ".parquet"]
-    return dataclasses.replace(reading, notes=[*reading.notes, *parquet.notes_on(files, columns)])
+def _matching(clue: Clue) -> CaptionFormat | None:
+    suffix = clue.file.suffix.lower()
+    return next((known for known in CAPTION_FORMATS if suffix in known.suffixes and known.recognises(clue)), None)
 
 
-def read_coco_files(source: Source) -> Reading | str:
-    """COCO's captions lie in the folder `annotations` beside the folders of the pictures, which may be opened alone."""
-    reading, top = read_files("coco", source), source.tree.top
-    file = coco_file_beside(top)
-    if isinstance(reading, Reading) or not os.path.isfile(file) or not source.tree.pictures:
-        return reading
-    found = json_files.read_coco(file)
-    if isinstance(found, str):
-        return f"../annotations/{file.name} {found}"
-    part = _Part(start=str(top), found=found)
-    return _rows("coco", f"../annotations/{file.name} holds {_WORDS['coco']}", [part])
+# ---- from files to one entry per image -------------------------------------------------------------------------------
 
 
-def coco_file_beside(folder: Path) -> Path:
-    """Where COCO has the captions of a folder's pictures; it need not be there."""
-    return folder.absolute().parent / "annotations" / f"captions_{folder.absolute().name}.json"
+def _merged(known: CaptionFormat, reason: str, captions: Mapping[Path, FileCaptions], source: Source) -> ParsedCaptions:
+    """Merge files of one format: an image in several files has the captions of all, but the class of the first.
 
-
-def _part(source: Source, file: Path, kind: str) -> _Part | str:
-    disputed = 0
-    if kind in ("json", "kohya"):
-        found = json_files.read_labels(file)
-    elif kind == "coco":
-        found = json_files.read_coco(file)
-    elif kind == "labels":
-        found, disputed = _classes_reader(file)(file, source.columns)
-    elif kind == "parquet":
-        found = parquet.read_parquet(file, source.columns)
-    elif file.suffix.lower() in (".json", ".jsonl"):
-        found = json_files.read_records(file, source.columns)
-    else:
-        found = tables.read_table(file, source.columns)
-    if isinstance(found, str):
-        return found
-    if kind == "kohya":
-        found = _with_extensions(found, source, file)
-    return _Part(start=_start(source, file, found), found=found, disputed=disputed)
-
-
-def _classes_reader(file: Path) -> Callable[[Path, Columns], tuple[dict[str, str], int]]:
-    readers = {".parquet": parquet.read_classes, ".json": json_files.read_classes, ".jsonl": json_files.read_classes}
-    return readers.get(file.suffix.lower(), tables.read_classes)
-
-
-def _rows(kind: str, reason: str, parts: Sequence[_Part]) -> Reading:
-    """One row a picture, also where several files tell of it; of several classes a row each."""
-    by_start: dict[str, dict[str, str]] = {}
-    for part in parts:
-        rows = by_start.setdefault(part.start, part.found)
-        if rows is part.found:
-            continue
-        for name, text in part.found.items():
-            both = name in rows and kind != "labels"
-            rows[name] = in_lines([*rows[name].split("\n"), *text.split("\n")]) if both else rows.get(name, text)
-
-    def each(value: str) -> Sequence[str]:
-        return value.split("\n") if kind == "labels" else (value,)
-
-    names = [name for rows in by_start.values() for name, value in rows.items() for _ in each(value)]
-    values = [one for rows in by_start.values() for value in rows.values() for one in each(value)]
-    disputed = sum(part.disputed for part in parts)
-    return Reading(
-        format=kind,
+    An image of several classes has an entry for each.
+    """
+    are_classes = any(contents.are_classes for contents in captions.values())
+    by_origin: dict[str, dict[str, str]] = {}
+    for file, contents in captions.items():
+        merged = by_origin.setdefault(_find_origin(known, source, file, contents), contents.by_image)
+        for name, lines in contents.by_image.items() if merged is not contents.by_image else ():
+            both = name in merged and not are_classes
+            merged[name] = caption_lines(f"{merged[name]}\n{lines}".split("\n")) if both else merged.get(name, lines)
+    entries: list[tuple[str, list[tuple[str, str]]]] = []
+    for origin, by_image in by_origin.items():
+        values = [(name, label) for name, labels in by_image.items() for label in labels.split("\n")]
+        entries.append((origin, values if are_classes else list(by_image.items())))
+    names = [name for _, values in entries for name, _ in values]
+    texts = [text for _, values in entries for _, text in values]
+    disputed = sum(contents.disputed for contents in captions.values())
+    tables = [file for file in captions if file.suffix.lower() == ".parquet"]
+    return ParsedCaptions(
+        format=known.name,
         reason=reason,
         names=names,
-        captions=[""] * len(names) if kind == "labels" else values,
-        classes=values if kind == "labels" else None,
-        origins=[start for start, rows in by_start.items() for value in rows.values() for _ in each(value)],
-        notes=[_DISPUTED.format(disputed)] if disputed else [],
+        origins=[origin for origin, values in entries for _ in values],
+        captions=[""] * len(names) if are_classes else texts,
+        classes=texts if are_classes else None,
+        notes=[*([_DISPUTED.format(disputed)] if disputed else []), *parquet_notes(tables, source.columns)],
     )
 
 
-# ---- where the pictures are that a caption file names ----------------------------------------------------------------
+def _find_origin(known: CaptionFormat, source: Source, file: Path, captions: FileCaptions) -> str:
+    """Return the folder that a file's image names start from.
 
-
-def _start(source: Source, file: Path, names: dict[str, str]) -> str:
-    """The folder that a file's names start from: its own, where `ClipDataset.path` seeks in `images` too; or, if of
-    some that are sought none is there, the one of the data set's folders in which most are."""
+    That is the file's own, where `images` in it or beside it counts too. If none of a few names leads to an image there
+    it is the folder of the dataset in which most of them do.
+    """
     own, top = str(file.parent), str(source.tree.top)
-    sought = [name.replace("\\", "/") for name in itertools.islice(names, 0, None, len(names) // _LOOKED_FOR or 1)]
-    sought = [name for name in sought if not os.path.isabs(name) and ".." not in name.split("/")]
-    above = os.path.dirname(own) if source.single or own != top else own
-    usual = (own, os.path.join(own, "images"), os.path.join(above, "images"), top)
-    if not sought or any(_there(place, name) for place in usual for name in sought):
+    step = len(captions.by_image) // _NAMES_TRIED or 1
+    names = [name.replace("\\", "/") for name in itertools.islice(captions.by_image, 0, None, step)]
+    names = [name for name in names if not os.path.isabs(name) and ".." not in name.split("/")]
+    parent = os.path.dirname(own) if source.single or own != top else own
+    usual = (own, os.path.join(own, "images"), os.path.join(parent, "images"), top)
+    if not names or any(_exists(folder, name) for folder in usual for name in names):
         return own
-    places = _coco_folders(file) if source.kind_of(file)[0] == "coco" else []
-    places += _subfolders(file.parent) if source.single else _folders_with(source.tree, sought)
-    found = [(sum(_there(place, name) for name in sought), place) for place in places[:_MOST_FOLDERS]]
-    most = max((count for count, _ in found), default=0)
-    start = next((place for count, place in found if count == most), own) if most else own
-    if not source.single and os.path.relpath(start, top).startswith(os.pardir):
+    candidates = [*captions.image_folders]
+    candidates += _subfolders(file.parent) if source.single else _folders_with(source.tree, names)
+    counts = {
+        folder: sum(_exists(folder, name) for name in names)
+        for folder in itertools.islice(dict.fromkeys(candidates), _MOST_FOLDERS)
+    }
+    origin = max(counts, key=counts.__getitem__, default=own)
+    if not counts.get(origin):
+        return own
+    if not source.single and os.path.relpath(origin, top).startswith(os.pardir):
         raise UserError(
-            f"{top} holds COCO's captions of the pictures in {start}; choose the folder that both are in, or that of "
-            "the pictures."
+            f"{top} holds {known.holds} of the images in {origin}; choose the folder that both are in, or that of the "
+            "images."
         )
-    return start
+    return origin
 
 
-def _there(folder: str, name: str) -> bool:
+def _exists(folder: str, name: str) -> bool:
     return os.path.isfile(os.path.join(folder, file_of(name)))
 
 
 def _folders_with(tree: Tree, names: Sequence[str]) -> list[str]:
-    """Folders that some of these names may start from."""
-    places: dict[str, None] = {}
+    """Folders that one of these names may start from."""
+    candidates: dict[str, None] = {}
     for name in names:
-        above, _, base = name.rpartition("/")
+        parent, _, base = name.rpartition("/")
         for folder in tree.folders_with(base):
-            if not above or folder == above or folder.endswith("/" + above):
-                places[str(tree.top / folder[: len(folder) - len(above)])] = None
-    return list(places)
+            if not parent or folder == parent or folder.endswith("/" + parent):
+                candidates[str(tree.top / folder[: len(folder) - len(parent)])] = None
+    return list(candidates)
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -260,30 +289,3 @@ def _subfolders(folder: Path) -> list[str]:
             return sorted(entry.path for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     except OSError:  # a folder that may be entered but not listed
         return []
-
-
-def _coco_folders(file: Path) -> list[str]:
-    """The pictures of annotations/captions_train2017.json are in train2017 or images/train2017."""
-    part, above = file.stem.removeprefix("captions_"), file.absolute().parent.parent
-    return [str(place) for place in (above / part, above / "images" / part) if os.path.isdir(place)]
-
-
-def _with_extensions(found: dict[str, str], source: Source, file: Path) -> dict[str, str]:
-    """kohya's scripts name a picture without its extension, or by its whole path: the name from the file's folder."""
-    if all(is_image(name) and not os.path.isabs(name) for name in found):
-        return found
-    tree = Tree.of(file.parent) if source.single else source.tree
-    resolved: dict[str, str] = {}
-    for name, text in found.items():
-        resolved[_resolved(name, tree, file)] = text
-    return resolved
-
-
-def _resolved(name: str, tree: Tree, file: Path) -> str:
-    plain = name.replace("\\", "/")
-    stem = os.path.splitext(plain)[0] if is_image(plain) else plain
-    places = tree.stems.get(stem.rpartition("/")[2], [])
-    if not places:
-        return name
-    alike = [place for place in places if f"/{os.path.splitext(place)[0]}".endswith(f"/{stem.lstrip('/')}")]
-    return os.path.relpath(tree.top / (alike or places)[0], file.parent).replace(os.sep, "/")

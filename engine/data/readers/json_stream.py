@@ -1,16 +1,20 @@
-"""JSON read member by member: a file's text is never held as a whole, so that a million captions open in little more
-memory than they take."""
+"""JSON read member by member: the text is never held as a whole, so a million captions open in little more memory than
+they take.
+
+The library ijson is faster, but not used: its errors have no line numbers; it refuses NaN and long numbers and replaces
+half surrogates, which Python reads; and a file of 100,000 brackets exhausts the memory (benchmarks/RESULTS.md).
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO, TypeVar
 
 from ...errors import UserError
+from ..text_files import open_text
 
 T = TypeVar("T")
 
@@ -19,35 +23,37 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 # Nearly every name of nearly every file: half the time of the general way.
 _PLAIN_NAME = re.compile(r'[ \t\n\r]*,[ \t\n\r]*"([^"\\\x00-\x1f]*)"[ \t\n\r]*:')
 # A mistake this far from the end of what was read so far is one whatever follows: no escape or number is as long.
-_AHEAD = 4096
-
-_decoder = json.JSONDecoder()
+_LONGEST_TOKEN = 4096
 
 
-class JsonStream:
-    """A piece of the file's text that grows and moves on. Close it, or use it in a `with`."""
+def json_members(file: Path, lists: frozenset[str] = frozenset()) -> Iterator[tuple[str | None, Any]]:
+    """Yield (name, value) of each member of the outermost object, or (None, element) of the outermost list.
 
-    def __init__(self, file: Path, shown: str | None = None):
-        """Errors name the file as `shown`. Raises `UserError` if it cannot be opened."""
-        self.shown, self._text, self._position, self._ended, self._lines = shown or str(file), "", 0, False, 1
-        self._begun = False
-        try:
-            self._stream: TextIO = open(file, encoding="utf-8-sig")  # noqa: SIM115 (closed by __exit__)
-        except OSError as error:
-            raise UserError(f"{self.shown} cannot be read ({error.strerror}).") from error
+    A member that is a list and named in `lists` is yielded element by element, each under its name. A file that is a
+    single value yields it under the name None. Raises `UserError` for what is not JSON, with the line.
+    """
+    with open_text(file) as stream:
+        yield from _Parser(stream, file).members(lists)
 
-    def __enter__(self) -> JsonStream:
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self._stream.close()
+def json_object(members: Iterable[tuple[str, object]]) -> Iterator[str]:
+    """The text of a JSON object, a member a line."""
+    for number, (name, value) in enumerate(members):
+        dumped = json.dumps(value, ensure_ascii=False)
+        yield f"{',' if number else '{'}\n {json.dumps(name, ensure_ascii=False)}: {dumped}"
+    yield "\n}\n"
 
-    def members(self, lists: frozenset[str] = frozenset()) -> Iterator[tuple[str | None, Any]]:
-        """The names and values of the outermost object, or the elements of the outermost list under the name None.
 
-        A member that is a list and named in `lists` is given element by element, each under its name. A file that is a
-        single value gives it under the name None. Raises `UserError` for what is not JSON, with the line.
-        """
+class _Parser:
+    """A window onto the file's text, which grows until a value is complete and then moves on."""
+
+    def __init__(self, stream: TextIO, file: Path) -> None:
+        self._stream, self._file = stream, file
+        self._text, self._position, self._ended = "", 0, False
+        self._lines = 1  # the number of the line that the window starts in
+        self._empty = True  # nothing was parsed so far
+
+    def members(self, lists: frozenset[str]) -> Iterator[tuple[str | None, Any]]:
         opening = self._take(_next_letter)
         if opening == "{":
             yield from self._object(lists)
@@ -57,7 +63,7 @@ class JsonStream:
             yield None, self._single_value()
             return
         if self._text[self._position :].strip():
-            raise self._unreadable("there is more after the end", self._position)
+            raise self._invalid("there is more after the end", self._position)
 
     def _object(self, lists: frozenset[str]) -> Iterator[tuple[str, Any]]:
         self._position += 1
@@ -78,74 +84,74 @@ class JsonStream:
 
     def _single_value(self) -> Any:
         while not self._ended:
-            self._move()
+            self._read_on()
         try:
-            return _decoder.decode(self._text)
+            return json.loads(self._text)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise self._reason(error) from error
+            raise self._user_error(error) from error
 
     def _take(self, parse: Callable[[str, int], tuple[T, int]]) -> T:
-        """What `parse` makes of the text here, of which as much is read as it needs."""
+        """Return what `parse` makes of the text here; read on for as long as it needs more."""
         while True:
             try:
                 value, self._position = parse(self._text, self._position)
-            except (json.JSONDecodeError, StopIteration, IndexError, RecursionError) as error:
+            except (json.JSONDecodeError, IndexError, RecursionError) as error:
                 if self._ended or _is_final(error, len(self._text)):
-                    raise self._reason(error) from error
-                self._move()
+                    raise self._user_error(error) from error
+                self._read_on()
             else:
-                self._begun = True
+                self._empty = False
                 return value
 
-    def _move(self) -> None:
-        """Forget what has been taken and read on, twice as much each time nothing can be forgotten."""
+    def _read_on(self) -> None:
+        """Drop what was taken and read on: twice as much each time, where nothing can be dropped."""
         self._lines += self._text.count("\n", 0, self._position)
-        try:
-            fresh = self._stream.read(max(_BLOCK, len(self._text) - self._position))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self.shown} is not UTF-8 text; save it again as UTF-8.") from error
-        except OSError as error:
-            raise UserError(f"{self.shown} cannot be read ({error.strerror}).") from error
-        self._ended = not fresh
-        self._text = self._text[self._position :] + fresh
+        block = self._stream.read(max(_BLOCK, len(self._text) - self._position))
+        self._ended = not block
+        self._text = self._text[self._position :] + block
         self._position = 0
 
-    def _reason(self, error: Exception) -> UserError:
-        if isinstance(error, json.JSONDecodeError):
-            return self._unreadable(error.msg[:1].lower() + error.msg[1:], error.pos)
-        if isinstance(error, StopIteration) and error.value < len(self._text):
-            return self._unreadable("a value is missing", error.value)
+    def _user_error(self, error: Exception) -> UserError:
+        if isinstance(error, json.JSONDecodeError) and error.pos < len(self._text):
+            reason = "a value is missing" if error.msg == "Expecting value" else error.msg[:1].lower() + error.msg[1:]
+            return self._invalid(reason, error.pos)
         if isinstance(error, RecursionError):
-            return self._unreadable("it is nested too deep", self._position)
-        if not self._begun and not self._text.strip():
-            return self._unreadable("it is empty", 0)
-        return self._unreadable("the end is missing", len(self._text.rstrip()))
+            return self._invalid("it is nested too deep", self._position)
+        if self._empty and not self._text.strip():
+            return self._invalid("it is empty", 0)
+        return self._invalid("the end is missing", len(self._text.rstrip()))
 
-    def _unreadable(self, reason: str, position: int) -> UserError:
+    def _invalid(self, reason: str, position: int) -> UserError:
         line = self._lines + self._text.count("\n", 0, position)
-        return UserError(f"{self.shown} is not valid JSON (line {line}: {reason}); mend it or move it elsewhere.")
+        return UserError(f"{self._file} is not valid JSON (line {line}: {reason}); mend it or move it elsewhere.")
 
 
-# ---- parsers: (text, position) to (value, position after it); an IndexError says that the text ends before ----------
+# ---- parsers: (text, position) to (value, position after it). An IndexError says that the text ends too early --------
 
 _END = object()
+_decode = json.JSONDecoder().raw_decode
 
 
 def _is_final(error: Exception, length: int) -> bool:
-    """Whether more text would not mend it. A text that is not closed is reported where it begins."""
-    if isinstance(error, RecursionError):
-        return True
-    cut = not isinstance(error, json.JSONDecodeError) or error.msg.startswith("Unterminated string")
-    return not cut and error.pos + _AHEAD < length
+    """Whether the error stays whatever follows. A string that is not closed is reported where it begins, so it may."""
+    if not isinstance(error, json.JSONDecodeError):
+        return isinstance(error, RecursionError)
+    return not error.msg.startswith("Unterminated string") and error.pos + _LONGEST_TOKEN < length
+
+
+def _skip_space(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    assert match is not None, "no space is a match too"
+    return match.end()
 
 
 def _next_letter(text: str, position: int) -> tuple[str, int]:
-    position = _SPACE.match(text, position).end()
+    position = _skip_space(text, position)
     return text[position], position
 
 
 def _value(text: str, position: int) -> tuple[Any, int]:
-    value, position = _decoder.scan_once(text, _SPACE.match(text, position).end())
+    value, position = _decode(text, _skip_space(text, position))
     if not isinstance(value, (str, dict, list)):
         text[position]  # a number may go on in the next block; an IndexError asks for it
     return value, position
@@ -157,7 +163,7 @@ def _first_name(text: str, position: int) -> tuple[str | None, int]:
         return None, position + 1
     if letter != '"':
         raise json.JSONDecodeError("a name in double quotes is missing", text, position)
-    name, position = json.decoder.scanstring(text, position + 1, True)
+    name, position = _decode(text, position)
     letter, position = _next_letter(text, position)
     if letter != ":":
         raise json.JSONDecodeError("a colon is missing", text, position)

@@ -1,137 +1,168 @@
-"""How a folder's captions are recognised, whatever format they are in, and what of a folder is read.
+"""The caption formats, in the order in which they are tried. A new one is a record here, its code and its test.
 
-A reader takes a `Source` and gives a `Reading`, or says in a few words why there is nothing for it to read. No picture
-is opened while captions are read.
+A reader either knows what it reads or says what it does not know: where it reads no captions, it returns briefly why.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, overload
+from typing import Any
 
-from ...errors import UserError
 from ..images.folder_tree import Tree
-from ..originals import NAME as ORIGINALS
-from ..originals import read_originals
-from .caption_files import Source, read_coco_files, read_file, read_files
-from .folders import read_class_folders, read_sidecars
-from .parsed import Reading
-from .tables import Columns
+from .class_folders import read_class_folders
+from .coco import is_coco_member, read_coco, read_coco_beside, write_coco
+from .columns import ChosenColumns
+from .kohya import is_kohya_member, read_kohya, write_kohya
+from .labels_json import is_labels_member, read_labels_json, write_labels_json
+from .metadata import write_metadata
+from .parsed import FileCaptions, ParsedCaptions, Source
+from .records import read_caption_rows, read_class_rows, read_prompt_rows
+from .sidecars import TEXT_SUFFIXES, read_sidecars, write_sidecar
+from .tables import write_csv
 
-_HOW = (
-    'a .txt file beside each picture, a labels JSON such as {"picture.jpg": ["a caption"]}, a CSV that begins with the '
-    "line image,caption, or a subfolder for each class"
-)
-# The formats that have columns or fields with names to choose from.
-_WITH_COLUMNS = ("metadata", "csv", "labels", "parquet")
-
-
-class Captions(Sequence[tuple[str, ...]]):
-    """The captions of each sample, kept as one text with a line for each: a third of what tuples of texts take."""
-
-    def __init__(self, lines: Sequence[str]):
-        self.lines = lines
-
-    @classmethod
-    def joined(cls, parts: Sequence[Sequence[tuple[str, ...]]]) -> Captions:
-        """Those of several data sets, one after the other."""
-        lines: list[str] = []
-        for part in parts:
-            lines += part.lines if isinstance(part, Captions) else map("\n".join, part)
-        return cls(lines)
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    @overload
-    def __getitem__(self, index: int) -> tuple[str, ...]: ...
-    @overload
-    def __getitem__(self, index: slice) -> Captions: ...
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return Captions(self.lines[index])
-        lines = self.lines[index]
-        return tuple(lines.split("\n")) if lines else ()
-
-    def chosen(self, indices: Sequence[int]) -> Captions:
-        return Captions([self.lines[index] for index in indices])
+_TABLES = (".csv", ".tsv", ".txt")  # .txt only under the names in caption_files.py
 
 
-class Reader(Protocol):
-    def __call__(self, source: Source) -> Reading | str:
-        """What there is in this format, or why there is nothing; raises `UserError` for what is damaged."""
+@dataclasses.dataclass(frozen=True)
+class Clue:
+    """What the beginning of a file shows: the columns of a table or of records, or one member of a JSON object."""
+
+    file: Path
+    columns: ChosenColumns | None = None
+    member: tuple[str, Any] | None = None
 
 
-def read_captions(place: Path, kind: str = "auto", columns: Columns | None = None) -> Reading:
-    """Read a folder or one caption file. In a folder the formats are tried in the order of `READERS`: caption files,
-    then texts beside the pictures, then class folders; with `columns`, those formats that have some. Raises
-    `UserError`, in one sentence, where there is nothing."""
-    if kind != "auto" and kind not in READERS:
-        raise UserError(f"The caption format {kind!r} is not known; choose auto, {', '.join(READERS)}.")
-    if os.path.isfile(place):
-        return _read_single(place, kind, columns or Columns())
-    if not os.path.isdir(place):
-        raise UserError(f"{place} does not exist; give a folder of pictures with captions, or a labels JSON.")
-    source = Source(Tree.of(place), columns or Columns())
-    refusals = {}
-    for name in (tuple(READERS) if columns is None else _WITH_COLUMNS) if kind == "auto" else (kind,):
-        reading = READERS[name](source)
-        if isinstance(reading, Reading):
-            notes = [*reading.notes, *_closed(source.tree), *(source.unread(name) if kind == "auto" else ())]
-            files = [place / folder / ORIGINALS for folder in source.tree.folders_with(ORIGINALS)]
-            return dataclasses.replace(reading, notes=notes, originals=read_originals(files))
-        refusals[name] = reading
-    raise UserError(_nothing_read(source.tree, refusals))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CaptionFormat:
+    """One way in which captions or classes are stored.
+
+    `help` completes "name: …", `holds` "the file holds …". A format of caption files has their `suffixes`, `sniff` that
+    recognises one by a clue, and `read_file`; one that the layout of a folder shows has `read_folder`. Readers return
+    what they read, or briefly why they cannot ("" if there is nothing of this format).
+
+    `write`, None where a format is only read, returns the text of the caption file `file_name` from (image name,
+    captions) pairs; with no `file_name` each image gets a file of its own with the first of the `suffixes`.
+    """
+
+    name: str
+    help: str
+    holds: str = "captions"
+    suffixes: tuple[str, ...] = ()
+    sniff: Callable[[Clue], bool] | None = None
+    read_file: Callable[[Path, Source], FileCaptions | str] | None = None
+    read_folder: Callable[[Tree], ParsedCaptions | str] | None = None
+    has_columns: bool = False  # that the user may choose
+    file_name: str = ""
+    write: Callable[[Sequence[tuple[str, Sequence[str]]]], Iterator[str]] | None = None
+
+    def recognises(self, clue: Clue) -> bool:
+        return self.sniff is not None and self.sniff(clue)
 
 
-def holds_captions(file: str | os.PathLike) -> bool:
-    """Whether a file is one that captions, or classes, can be read from."""
-    try:
-        return isinstance(read_file(Path(file), "auto", Columns()), Reading)
-    except UserError:
+def _sniff_member(recognise: Callable[[str, Any], bool]) -> Callable[[Clue], bool]:
+    return lambda clue: clue.member is not None and recognise(*clue.member)
+
+
+def _is_metadata(clue: Clue) -> bool:
+    if clue.columns is None or clue.columns.content == "classes":
         return False
+    if clue.file.suffix.lower() in (".json", ".jsonl"):
+        return True
+    return clue.columns.content == "captions" and clue.file.stem.lower() == "metadata"
 
 
-def _read_single(file: Path, kind: str, columns: Columns) -> Reading:
-    reading = read_file(file, kind, columns)
-    if isinstance(reading, str):
-        raise UserError(f"{file} {reading}; give {_HOW}.")
-    beside = file.with_name(ORIGINALS)
-    return dataclasses.replace(reading, originals=read_originals([beside] if os.path.isfile(beside) else []))
+def _sniff_content(*contents: str) -> Callable[[Clue], bool]:
+    return lambda clue: clue.columns is not None and clue.columns.content in contents
 
 
-def _closed(tree: Tree) -> list[str]:
-    shown = ", ".join(tree.closed[:3])
-    return [f"{len(tree.closed)} folders in it may not be read and are left out: {shown}."] if tree.closed else []
-
-
-def _nothing_read(tree: Tree, refusals: dict[str, str]) -> str:
-    reasons = list(dict.fromkeys(why for why in refusals.values() if why))
-    if not tree.pictures:
-        found = f" ({reasons[0]})" if reasons else ""
-        return f"{tree.top} holds no pictures{found}; choose the folder that your captioned pictures are in."
-    if len(refusals) == 1:
-        ((kind, why),) = refusals.items()
-        return f"{tree.top} cannot be read as {kind}{': ' if why else ''}{why}; choose auto, or another folder."
-    found = f" ({'; '.join(reasons)})" if reasons else ""
-    return f"{tree.top} holds {len(tree.pictures)} pictures but no captions for them{found}: give {_HOW}."
-
-
-# In the order in which they are tried.
-READERS: dict[str, Reader] = {
-    "json": functools.partial(read_files, "json"),
-    "kohya": functools.partial(read_files, "kohya"),
-    "coco": read_coco_files,
-    "metadata": functools.partial(read_files, "metadata"),
-    "csv": functools.partial(read_files, "csv"),
-    "interrogator": functools.partial(read_files, "interrogator"),
-    "labels": functools.partial(read_files, "labels"),
-    "parquet": functools.partial(read_files, "parquet"),
-    "sidecar": lambda source: read_sidecars(source.tree),
-    "folders": lambda source: read_class_folders(source.tree),
-}
-FORMATS = ("auto", *READERS)
+CAPTION_FORMATS: tuple[CaptionFormat, ...] = (
+    CaptionFormat(
+        name="json",
+        help='a labels JSON, {"image.jpg": ["a caption"]}',
+        suffixes=(".json",),
+        sniff=_sniff_member(is_labels_member),
+        read_file=read_labels_json,
+        file_name="labels.json",
+        write=write_labels_json,
+    ),
+    CaptionFormat(
+        name="kohya",
+        help="meta_cap.json of kohya's scripts",
+        holds="kohya's captions",
+        suffixes=(".json",),
+        sniff=_sniff_member(is_kohya_member),
+        read_file=read_kohya,
+        file_name="meta_cap.json",
+        write=write_kohya,
+    ),
+    CaptionFormat(
+        name="coco",
+        help="COCO's caption annotations",
+        holds="COCO captions",
+        suffixes=(".json",),
+        sniff=_sniff_member(is_coco_member),
+        read_file=read_coco,
+        read_folder=read_coco_beside,
+        file_name="captions.json",
+        write=write_coco,
+    ),
+    CaptionFormat(
+        name="metadata",
+        help="Hugging Face's metadata.jsonl",
+        holds="Hugging Face metadata with captions",
+        suffixes=(".jsonl", ".json", *_TABLES),
+        sniff=_is_metadata,
+        has_columns=True,
+        read_file=read_caption_rows,
+        file_name="metadata.jsonl",
+        write=write_metadata,
+    ),
+    CaptionFormat(
+        name="csv",
+        help="a CSV that begins with the line image,caption",
+        suffixes=_TABLES,
+        sniff=_sniff_content("captions"),
+        has_columns=True,
+        read_file=read_caption_rows,
+        file_name="captions.csv",
+        write=write_csv,
+    ),
+    CaptionFormat(
+        name="interrogator",
+        help="CLIP Interrogator's table of prompts",
+        holds="CLIP Interrogator's prompts",
+        suffixes=_TABLES,
+        sniff=_sniff_content("prompts"),
+        has_columns=True,
+        read_file=read_prompt_rows,
+    ),
+    CaptionFormat(
+        name="labels",
+        help="a table, records or Parquet file with a class for each image",
+        holds="classes",
+        suffixes=(".jsonl", ".json", *_TABLES, ".parquet"),
+        sniff=_sniff_content("classes"),
+        has_columns=True,
+        read_file=read_class_rows,
+    ),
+    CaptionFormat(
+        name="parquet",
+        help="Parquet files that name or hold the images",
+        suffixes=(".parquet",),
+        sniff=_sniff_content("captions", "prompts"),
+        has_columns=True,
+        read_file=read_caption_rows,
+    ),
+    CaptionFormat(
+        name="sidecar",
+        help="a text file beside each image",
+        suffixes=(*TEXT_SUFFIXES, ".json"),
+        read_folder=read_sidecars,
+        write=write_sidecar,
+    ),
+    CaptionFormat(name="folders", help="a subfolder for each class", read_folder=read_class_folders),
+)
+FORMAT_NAMES = ("auto", *(known.name for known in CAPTION_FORMATS))
+WRITABLE_FORMATS = {known.name: known for known in CAPTION_FORMATS if known.write}

@@ -1,180 +1,113 @@
-"""Captions and classes in tables: CSV and its kin. Which columns hold what is chosen here for all formats that have
-some."""
+"""Tables of captions (CSV, TSV and their kin), and CLIP Interrogator's tables of prompts."""
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import csv
-import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from ...errors import UserError
-from .caption_texts import Gathered, is_caption_field, prompt_captions
+from ..text_files import open_text
+from ..tokenizer import encode
+from .columns import ChosenColumns, Columns
 
-_IMAGE_COLUMNS = (
-    "image",
-    "filename",
-    "file_name",
-    "image_path",
-    "filepath",
-    "path",
-    "file",
-    "image_name",
-    "image_file",
-    "img",
-    "img_path",
-)
-# SCAM calls it object_label; CIFAR-100 has a fine and a coarse one.
-_LABEL_COLUMNS = ("label", "class", "class_name", "category", "object_label", "fine_label")
-_PROMPT = "prompt"  # CLIP Interrogator's
 # Spreadsheets write semicolons where the comma is the decimal sign; Flickr30k's captions come with bars.
-_MARKS = ",;\t|"
+_DELIMITERS = ",;\t|"
 _LONGEST_HEADER = 2**16
-# Letters in a field. Python's own limit is 131,072; a field beyond this one is a quotation mark that is never closed.
+# Characters per field. Python's own limit is 131,072; a field beyond this one is a quotation mark that is never closed.
 _LONGEST_FIELD = 2**24
+_CONTEXT_LENGTH = 77
+_LONGEST_TOKENIZED = 4096  # characters; a longer prompt never fits
 
 
-class Chosen(NamedTuple):
-    """The columns of a table. `kind` is csv (captions), interrogator (prompts) or labels (classes)."""
-
-    kind: str
-    image: str
-    values: tuple[str, ...]
-
-    @property
-    def told(self) -> str:
-        """The columns of captions, if there are several: all of them count, which a user may not expect."""
-        return ", ".join(self.values) if len(self.values) > 1 else ""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Columns:
-    """The names, in any case, of the columns with the picture's name and with captions, of which several are separated
-    by commas; one that is empty is recognised."""
-
-    image: str = ""
-    caption: str = ""
-
-    def found_in(self, names: Sequence[str]) -> Chosen | None:
-        """Which of a table's columns are used; None if it has no such ones."""
-        by_name = {str(name).strip().lower(): str(name) for name in reversed(names)}
-        image = next((by_name[name] for name in self._image_names if name in by_name), None)
-        if image is None:
-            return None
-        if self.caption:
-            wanted = [name.strip().lower() for name in self.caption.split(",") if name.strip()]
-            there = all(name in by_name for name in wanted)
-            return Chosen("csv", image, tuple(by_name[name] for name in wanted)) if there else None
-        if captions := tuple(name for name in dict.fromkeys(map(str, names)) if is_caption_field(name)):
-            return Chosen("csv", image, captions)
-        if _PROMPT in by_name:
-            return Chosen("interrogator", image, (by_name[_PROMPT],))
-        label = next((by_name[name] for name in _LABEL_COLUMNS if name in by_name), None)
-        return None if label is None else Chosen("labels", image, (label,))
-
-    @property
-    def _image_names(self) -> tuple[str, ...]:
-        return (self.image.strip().lower(),) if self.image.strip() else _IMAGE_COLUMNS
-
-
-# ---- CSV -------------------------------------------------------------------------------------------------------------
-
-
-def kind_of_table(file: Path, columns: Columns) -> tuple[str | None, str]:
-    """(csv, metadata, interrogator, labels or None; which columns hold captions, or what the file is), from its first
-    line."""
-    with _reading(file), open(file, encoding="utf-8-sig", newline="") as stream:
+def choose_columns(file: Path, columns: Columns) -> ChosenColumns | str:
+    """Return the columns to read, from the first line; if there are none, what the file is."""
+    with open_text(file, newline="") as stream:
         header = stream.readline(_LONGEST_HEADER)
-    if (found := _columns(header, columns)) is None:
-        return None, f"is a table that begins with the line {header.strip()[:60]!r}"
-    is_metadata = found[0].kind == "csv" and file.stem.lower() == "metadata"
-    return "metadata" if is_metadata else found[0].kind, found[0].told
+    layout = _layout(header, columns)
+    return layout[0] if layout else f"is a table that begins with the line {header.strip()[:60]!r}"
 
 
-def _columns(header: str, columns: Columns) -> tuple[Chosen, list[str], str] | None:
-    """(the columns used, all names in the header, the mark between them)."""
-    for mark in _MARKS:
-        names = next(csv.reader([header], delimiter=mark), [])
-        if (chosen := columns.found_in(names)) is not None:
-            return chosen, names, mark
+def read_rows(file: Path, columns: Columns) -> Iterator[tuple[str, list[Any]]]:
+    """Yield (image name, values of the chosen columns) of every row that names an image."""
+    with _csv_errors(file), _long_fields(), open_text(file, newline="") as stream:
+        layout = _layout(stream.readline(_LONGEST_HEADER), columns)
+        assert layout is not None, "only files whose columns were chosen are read"
+        chosen, names, delimiter = layout
+        image, positions = names.index(chosen.image), [names.index(value) for value in chosen.values]
+        if delimiter == "|":
+            rows = csv.reader(stream, delimiter=delimiter, strict=True, quoting=csv.QUOTE_NONE)
+        else:
+            rows = csv.reader(stream, delimiter=delimiter, strict=True)
+        for row in rows:
+            name = row[image].strip() if len(row) > image else ""
+            if name:
+                yield name, [row[position] for position in positions if position < len(row)]
+
+
+def _layout(header: str, columns: Columns) -> tuple[ChosenColumns, list[str], str] | None:
+    """(the columns to read, all names in the header, the delimiter)."""
+    for delimiter in _DELIMITERS:
+        names = next(csv.reader([header], delimiter=delimiter), [])
+        if (chosen := columns.choose(names)) is not None:
+            return chosen, names, delimiter
     return None
 
 
-def read_table(file: Path, columns: Columns) -> dict[str, str]:
-    """Captions by picture name, a line for each; a picture may have several rows. Raises `UserError`."""
-    found = Gathered()
-    for chosen, name, values in _rows(file, columns):
-        found.add(name, prompt_captions(values[0]) if chosen.kind == "interrogator" else values)
-    return found.texts()
-
-
-def read_classes(file: Path, columns: Columns) -> tuple[dict[str, str], int]:
-    """As `classes_of`. Raises `UserError`."""
-    return classes_of((name, values[0]) for _, name, values in _rows(file, columns))
-
-
-def classes_of(rows: Iterable[tuple[str, str]]) -> tuple[dict[str, str], int]:
-    """(a class by picture name, how many pictures have rows that do not agree): a picture of several rows has the class
-    that most of them say, or a line for each of those that as many say."""
-    votes: dict[str, str | collections.Counter[str]] = {}
-    agreeing: collections.Counter[str] = collections.Counter()  # further rows that say the same as the first
-    for name, said in rows:
-        label = " ".join(said.replace("_", " ").split())
-        if name not in votes:
-            votes[name] = label
-            continue
-        before = votes[name]
-        if not label:
-            continue
-        if before == label:
-            agreeing[name] += 1
-            continue
-        if isinstance(before, str):
-            before = votes[name] = collections.Counter({before: 1 + agreeing.pop(name, 0)} if before else {})
-        before[label] += 1
-    classes = {name: vote if isinstance(vote, str) else "\n".join(_most_said(vote)) for name, vote in votes.items()}
-    return classes, sum(not isinstance(vote, str) and len(vote) > 1 for vote in votes.values())
-
-
-def _most_said(votes: collections.Counter[str]) -> list[str]:
-    most = max(votes.values())
-    return sorted(label for label, count in votes.items() if count == most)
-
-
-def _rows(file: Path, columns: Columns) -> Iterator[tuple[Chosen, str, list[str]]]:
-    """(the columns used, the picture's name, the values of those columns) of every row that names a picture."""
-    with _reading(file), _long_fields(), open(file, encoding="utf-8-sig", newline="") as stream:
-        found = _columns(stream.readline(_LONGEST_HEADER), columns)
-        assert found is not None, "kind_of_table said that it has them"
-        chosen, names, mark = found
-        image, places = names.index(chosen.image), [names.index(value) for value in chosen.values]
-        quoting = csv.QUOTE_NONE if mark == "|" else csv.QUOTE_MINIMAL
-        for row in csv.reader(stream, delimiter=mark, strict=True, quoting=quoting):
-            name = row[image].strip() if len(row) > image else ""
-            if name:
-                yield chosen, name, [row[place] for place in places if place < len(row)] or [""]
-
-
 @contextlib.contextmanager
-def _reading(file: Path) -> Iterator[None]:
+def _csv_errors(file: Path) -> Iterator[None]:
     try:
         yield
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text (byte {error.start}); save it again as UTF-8.") from error
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}).") from error
     except csv.Error as error:
         raise UserError(f"{file} is not a readable CSV ({error}); is a quotation mark missing?") from error
 
 
 @contextlib.contextmanager
 def _long_fields() -> Iterator[None]:
-    """Python's limit on a field is for the whole process: it is put back."""
+    """Python's limit on the length of a field is global to the process, so it is put back."""
     before = csv.field_size_limit(_LONGEST_FIELD)
     try:
         yield
     finally:
         csv.field_size_limit(before)
+
+
+def write_csv(samples: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:
+    yield "image,caption\n"
+    for name, captions in samples:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows((name, caption) for caption in captions)
+        yield text.getvalue()
+
+
+def prompt_captions(prompt: str) -> list[str]:
+    """Split a prompt of CLIP Interrogator at its commas, and return as many parts as fit into CLIP's context together.
+
+    The first is always returned, cut after a word if it must be, so that no image is left without a caption.
+    """
+    room = _CONTEXT_LENGTH - 2  # the start and end tokens
+    parts = [part for part in map(str.strip, prompt.split(",")) if part]
+    captions = [_fitting_words(parts[0], room)] if parts else []
+    used = _token_count(captions[0]) if captions else 0
+    for part in parts[1:]:
+        used += 1 + _token_count(part)  # the comma is a token too
+        if used > room:
+            break
+        captions.append(part)
+    return captions
+
+
+def _fitting_words(text: str, room: int) -> str:
+    """As many of the first words as fit; at least one."""
+    words = text.split()[:room]
+    while len(words) > 1 and _token_count(" ".join(words)) > room:
+        words.pop()
+    return " ".join(words)
+
+
+def _token_count(text: str) -> int:
+    """The number of tokens; for a text that is far too long, a number that is too large."""
+    return len(text) if len(text) > _LONGEST_TOKENIZED else len(encode(text))

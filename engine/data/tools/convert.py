@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
-import io
-import json
 import os
 import secrets
 import shutil
@@ -14,21 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ...errors import UserError
-from ..dataset import ClipDataset, load_dataset
+from ..dataset import ClipDataset
 from ..images.image_files import BrokenImage, file_of, open_bytes, row_of, suffix_of
+from ..load import load_dataset
 from ..originals import HEADER as ORIGINALS_HEADER
 from ..originals import NAME as ORIGINALS
-
-# The file that each format is, in the folder of its pictures; sidecars have one a picture.
-_FILES = {
-    "json": "labels.json",
-    "sidecar": "",
-    "kohya": "meta_cap.json",
-    "metadata": "metadata.jsonl",
-    "csv": "captions.csv",
-    "coco": "captions.json",
-}
-TARGETS = tuple(_FILES)
+from ..readers.registry import WRITABLE_FORMATS, CaptionFormat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,24 +36,27 @@ def convert_captions(
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """Write a data set's captions as `to`, one of `TARGETS`, and say in sentences what was done.
+    """Write a data set's captions as `to`, one of `WRITABLE_FORMATS`, and say in sentences what was done.
 
     `out` is a new folder, which gets the pictures too: as hard links where they can be made, else as copies; or a new
     file (.json, .jsonl or .csv), which gets the captions alone. The source is not touched. What was written is read
     back before it is moved to its place. Raises `UserError`.
     """
     place = Path(out)
-    if to not in TARGETS:
-        raise UserError(f"Captions cannot be written as {to!r}; choose {', '.join(TARGETS)}.")
-    alone = bool(_FILES[to]) and place.suffix.lower() == Path(_FILES[to]).suffix
+    if to not in WRITABLE_FORMATS:
+        raise UserError(f"Captions cannot be written as {to!r}; choose {', '.join(WRITABLE_FORMATS)}.")
+    target = WRITABLE_FORMATS[to]
+    alone = bool(target.file_name) and place.suffix.lower() == Path(target.file_name).suffix
     _refuse(dataset, place, alone)
-    samples, notes = _samples(dataset, unique_stems=to == "sidecar", start=place.absolute().parent if alone else None)
+    samples, notes = _samples(
+        dataset, unique_stems=not target.file_name, start=place.absolute().parent if alone else None
+    )
     with _new_place(place, alone) as beside:
         if alone:
-            _write_file(beside, to, samples)
+            _write_file(beside, target, samples)
             notes += _where(dataset, place, samples)
         else:
-            notes += _write_folder(beside, to, samples, dataset, on_progress)
+            notes += _write_folder(beside, target, samples, dataset, on_progress)
         _read_back(beside, to, samples)
     captions = sum(len(sample.captions) for sample in samples)
     return [f"Wrote {captions} captions of {len(samples)} pictures to {place}.", *notes]
@@ -81,7 +72,7 @@ def _refuse(dataset: ClipDataset, place: Path, alone: bool) -> None:
 
 def _samples(dataset: ClipDataset, *, unique_stems: bool, start: Path | None) -> tuple[list[_Sample], list[str]]:
     """What is written, with names from `start` where pictures lie below it, else from the data set's folder."""
-    missing, taken, samples = set(dataset.missing()), set(), []
+    missing, taken, samples = set(dataset.missing()), set[str](), []
     for index in range(len(dataset)):
         if index in missing and start is None:
             continue
@@ -148,22 +139,26 @@ def _new_place(place: Path, alone: bool) -> Iterator[Path]:
 
 
 def _write_folder(
-    folder: Path, to: str, samples: Sequence[_Sample], dataset: ClipDataset, on_progress: Callable[[int, int], None]
+    folder: Path,
+    to: CaptionFormat,
+    samples: Sequence[_Sample],
+    dataset: ClipDataset,
+    on_progress: Callable[[int, int], None],
 ) -> list[str]:
     linked = 0
     for done, sample in enumerate(samples, 1):
         target = folder / sample.name
         target.parent.mkdir(parents=True, exist_ok=True)
         linked += _link_or_copy(sample.path, target)
-        if to == "sidecar":
-            target.with_suffix(".txt").write_text("\n".join(sample.captions) + "\n", encoding="utf-8")
+        if not to.file_name:
+            _write_file(target.with_suffix(to.suffixes[0]), to, [sample])
         on_progress(done, len(samples))
-    if to != "sidecar":
+    if to.file_name:
         _write_file(folder / _file_name(to, samples), to, samples)
     if any(dataset.originals):
         _write_originals(folder, samples, dataset)
     notes = _how_placed(linked, len(samples) - linked)
-    if any(count > 1 for count in dataset.repeats) and to != "sidecar":
+    if any(count > 1 for count in dataset.repeats) and to.file_name:
         notes.append("How often a picture comes in an epoch is not kept: only folders of text files can say it.")
     return notes
 
@@ -192,9 +187,9 @@ def _how_placed(linked: int, copied: int) -> list[str]:
     return notes
 
 
-def _file_name(to: str, samples: Sequence[_Sample]) -> str:
+def _file_name(to: CaptionFormat, samples: Sequence[_Sample]) -> str:
     """A JSON with a picture's name would be taken for that picture's own."""
-    name, taken = Path(_FILES[to]), {os.path.splitext(sample.name)[0] for sample in samples}
+    name, taken = Path(to.file_name), {os.path.splitext(sample.name)[0] for sample in samples}
     return name.name if name.stem not in taken else f"{name.stem}_of_all{name.suffix}"
 
 
@@ -207,60 +202,10 @@ def _write_originals(folder: Path, samples: Sequence[_Sample], dataset: ClipData
     (folder / ORIGINALS).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _write_file(file: Path, to: str, samples: Sequence[_Sample]) -> None:
+def _write_file(file: Path, to: CaptionFormat, samples: Sequence[_Sample]) -> None:
+    assert to.write is not None, "it is one of the writable formats"
     with open(file, "w", encoding="utf-8", newline="\n") as stream:
-        stream.writelines(_WRITERS[to](samples))
-
-
-def _json(samples: Sequence[_Sample]) -> Iterator[str]:
-    return _members((sample.name, list(sample.captions)) for sample in samples)
-
-
-def _kohya(samples: Sequence[_Sample]) -> Iterator[str]:
-    """kohya's scripts draw one of the lines of a caption (enable_wildcard)."""
-    return _members((sample.name, {"caption": "\n".join(sample.captions)}) for sample in samples)
-
-
-def _members(pairs: Iterator[tuple[str, object]]) -> Iterator[str]:
-    for number, (name, value) in enumerate(pairs):
-        yield f"{',' if number else '{'}\n {_dumped(name)}: {_dumped(value)}"
-    yield "\n}\n"
-
-
-def _metadata(samples: Sequence[_Sample]) -> Iterator[str]:
-    """A column has one type in all rows: a text if every picture has one caption, else a list."""
-    single = all(len(sample.captions) == 1 for sample in samples)
-    for sample in samples:
-        caption = {"text": sample.captions[0]} if single else {"captions": list(sample.captions)}
-        yield _dumped({"file_name": sample.name} | caption) + "\n"
-
-
-def _csv(samples: Sequence[_Sample]) -> Iterator[str]:
-    yield "image,caption\n"
-    for sample in samples:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows((sample.name, caption) for caption in sample.captions)
-        yield text.getvalue()
-
-
-def _coco(samples: Sequence[_Sample]) -> Iterator[str]:
-    pairs = [(number, caption) for number, sample in enumerate(samples) for caption in sample.captions]
-    images = [{"id": number, "file_name": sample.name} for number, sample in enumerate(samples)]
-    annotations = [{"id": id, "image_id": number, "caption": caption} for id, (number, caption) in enumerate(pairs)]
-    return _members(iter({"images": images, "annotations": annotations}.items()))
-
-
-def _dumped(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-_WRITERS: dict[str, Callable[[Sequence[_Sample]], Iterator[str]]] = {
-    "json": _json,
-    "kohya": _kohya,
-    "metadata": _metadata,
-    "csv": _csv,
-    "coco": _coco,
-}
+        stream.writelines(to.write([(sample.name, sample.captions) for sample in samples]))
 
 
 # ---- afterwards ------------------------------------------------------------------------------------------------------

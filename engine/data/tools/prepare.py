@@ -25,7 +25,7 @@ from ...errors import UserError
 from .. import originals
 from ..dataset import ClipDataset
 from ..images.decoding import BrokenImage, decode
-from ..images.image_files import file_of, open_bytes, opener_of, row_of, suffix_of
+from ..images.image_files import file_of, open_bytes, open_image, row_of, suffix_of
 from ..threads import in_threads
 from .crops import jittered, mirror, parts_of
 from .detection import Detector, coco_classes, load_detector, parse_classes
@@ -356,9 +356,9 @@ def _none_made(dataset: ClipDataset, left_out: list[tuple[str, str]]) -> str:
 
 def _stands_upright(path: Path) -> bool:
     """Whether a picture's file says nothing of turning it."""
-    from PIL import ExifTags, Image
+    from PIL import ExifTags
 
-    with Image.open(opener_of(path)) as opened:
+    with open_image(path) as opened:
         return opened.getexif().get(ExifTags.Base.Orientation, 1) == 1
 
 

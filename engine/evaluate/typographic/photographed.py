@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ...data.dataset import ClipDataset
-from ...data.readers.registry import Captions
+from ...data.readers.parsed import Captions
 from ...errors import UserError, one_line, shown
 
 CLEAN, HAND_WRITTEN, SYNTHETIC, DRAWN = "clean", "hand-written", "synthetic", "drawn"

@@ -1,200 +1,251 @@
-"""AdaBelief (Zhuang et al. 2020, arXiv:2010.07468) in chunks of many tensors."""
+"""AdaBelief (Zhuang et al. 2020, arXiv:2010.07468), computed over chunks of many tensors or by one Triton kernel."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from adabelief_pytorch import AdaBelief
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import one_line
 
 if TYPE_CHECKING:
-    from .adabelief_kernel import AdaBeliefKernel, Numbers
+    from .adabelief_kernel import AdaBeliefKernel, Row
 
-_CHUNK = 2**18  # elements of a chunk on a CPU: its temporaries stay in the cache
-_CHUNK_ON_DEVICE = 2**24  # elsewhere: few launches, and temporaries of 64 MB
+_CPU_CHUNK = 2**18  # values per chunk: its temporaries stay in the CPU's cache
+_DEVICE_CHUNK = 2**24  # few launches, and temporaries of 64 MB
 
-Columns = list[list[Tensor]]  # parameters, gradients, exp_avg, exp_avg_var: flat pieces of the same sizes
+
+class StepNumbers(NamedTuple):
+    """What a step computes with besides tensors, in the order in which the kernel reads it."""
+
+    decay: float  # 1 - learning rate * weight decay
+    beta1: float
+    beta1_rest: float  # 1 - beta1
+    beta2: float
+    beta2_rest: float  # 1 - beta2
+    eps: float
+    move: float  # - step size * learning rate
+    rectified: bool  # whether the step divides by the root of the second moment
 
 
 class ChunkedAdaBelief(AdaBelief):
-    """adabelief-pytorch's AdaBelief to the last bit, for parameters in float32 and float64 and its settings
-    `weight_decouple`, `rectify` and `degenerated_to_sgd`, which are its defaults.
+    """The AdaBelief of adabelief-pytorch at its default options, bit for bit, for parameters in float32 and float64.
 
-    With the attribute `found_inf` (a tensor of one value) not 0, a step changes no parameter and no moment; the host's
-    step counters go on (see `undo_steps`). On CUDA one Triton kernel does the step where Triton works; `say` gets a
-    sentence where it does not. With `use_kernel` false it is not tried.
+    If the attribute `found_inf` (a tensor with one value) is not 0, a step changes no parameter and no moment, without
+    asking the host; only the host's step counters go on (see `undo_steps`). On CUDA, one Triton kernel does the step if
+    Triton works; `on_note` gets a sentence if it does not. Set `use_kernel` to False to leave it untried.
     """
 
-    def __init__(self, params, *, say: Callable[[str], None] = lambda note: None, **settings):
-        super().__init__(params, **settings)
-        self.say, self.use_kernel = say, True
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-16,
+        weight_decay: float = 0.0,
+        on_note: Callable[[str], None] = lambda note: None,
+    ) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):  # the library prints its options
+            super().__init__(params, lr, betas, eps, weight_decay, print_change_log=False)
+        self.on_note, self.use_kernel = on_note, True
         self._kernel: AdaBeliefKernel | None = None
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: None = None) -> None:
         self._try_kernel()
-        stopped = getattr(self, "found_inf", None)
-        brake = None if stopped is None else _Brake(stopped)
-        work = []
-        for group in self.param_groups:
-            by_step: dict[int, list[nn.Parameter]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_step.setdefault(self._counted(parameter), []).append(parameter)
-            for number, parameters in by_step.items():
-                rows = [(p.data, p.grad, self.state[p]["exp_avg"], self.state[p]["exp_avg_var"]) for p in parameters]
-                if self._kernel is not None:
-                    taken = [self._kernel.takes(row) for row in rows]
-                    numbers = _numbers(group, number)
-                    work += [(row, numbers) for row, fits in zip(rows, taken, strict=True) if fits]
-                    rows = [row for row, fits in zip(rows, taken, strict=True) if not fits]
-                for columns in _chunks(rows):
-                    _step_columns(columns, group, number, brake)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        guard = _Guard(found_inf)
+        for_kernel: list[tuple[Row, StepNumbers]] = []
+        for rows, numbers in self._rows_and_numbers():
+            others = []
+            for row in rows:
+                if self._kernel is not None and self._kernel.takes(row):
+                    for_kernel.append((row, numbers))
+                else:
+                    others.append(row)
+            for chunk in _chunks(others):
+                _update(chunk, numbers, guard)
         if self._kernel is not None:
-            self._kernel(work, stopped)
+            self._kernel(for_kernel, found_inf)
+
+    def _rows_and_numbers(self) -> Iterator[tuple[list[Row], StepNumbers]]:
+        """Count the step and yield the parameters that have a gradient, those with the same numbers together."""
+        for group in self.param_groups:
+            rows_by_step: dict[int, list[Row]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = 0
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_var"] = torch.zeros_like(parameter)
+                state["step"] += 1
+                row = (parameter.data, parameter.grad, state["exp_avg"], state["exp_avg_var"])
+                rows_by_step.setdefault(state["step"], []).append(row)
+            for step, rows in rows_by_step.items():
+                yield rows, _step_numbers(group, step)
 
     def _try_kernel(self) -> None:
-        """Once, before the first step with a parameter on CUDA changes anything."""
+        """Make the kernel before the first step that has a parameter on CUDA; try only once."""
         device = _cuda_device(self.param_groups) if self.use_kernel and self._kernel is None else None
         if device is None:
             return
         try:
-            self._kernel = tried_kernel(device)
-        except Exception as error:  # Triton is missing, or whatever its compiler and the driver raise
+            self._kernel = verified_kernel(device)
+        except Exception as error:  # Triton is missing, or its compiler or the driver raised anything at all
             self.use_kernel = False
-            self.say(
-                f"AdaBelief's Triton kernel does not work here ({type(error).__name__}: {one_line(error)}); the "
-                "training goes on with torch's own operations, which are slower and give the same weights."
+            self.on_note(
+                f"AdaBelief's Triton kernel does not work here ({type(error).__name__}: {one_line(error)}); training "
+                "continues with torch's own operations, which are slower and give the same weights."
             )
 
-    def _counted(self, parameter: nn.Parameter) -> int:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_var"] = torch.zeros_like(parameter)
-        state["step"] += 1
-        return state["step"]
+
+class _Guard:
+    """Scalars of a step that neutralise it if `found_inf` is not 0, without the host reading that value.
+
+    If `found_inf` is 0 the step has the same bits as without a guard; without `found_inf` the scalars stay floats.
+    """
+
+    def __init__(self, found_inf: Tensor | None) -> None:
+        self.skip = None if found_inf is None else found_inf.reshape(()) != 0
+
+    def multiplier(self, value: float) -> float | Tensor:
+        """Return `value`, or 1 if the step is skipped."""
+        return self._unless_skipped(value, neutral=1.0)
+
+    def term(self, value: float) -> float | Tensor:
+        """Return `value`, or 0 if the step is skipped."""
+        return self._unless_skipped(value, neutral=0.0)
+
+    def _unless_skipped(self, value: float, neutral: float) -> float | Tensor:
+        if self.skip is None:
+            return value
+        # In float64, as Python's own numbers are, so that a scalar rounds the same way. MPS has no float64.
+        dtype = torch.float32 if self.skip.device.type == "mps" else torch.float64
+        if_skipped, otherwise = (torch.full((), n, dtype=dtype, device=self.skip.device) for n in (neutral, value))
+        return torch.where(self.skip, if_skipped, otherwise)
 
 
-class _Brake:
-    """Makes a step do nothing where `found_inf` is not 0, and leaves its bits alone where it is."""
-
-    def __init__(self, found_inf: Tensor):
-        self.on = found_inf.reshape(()) != 0
-        # In double precision, as Python's own numbers are, so that the factors round as those do.
-        self.dtype = torch.float32 if found_inf.device.type == "mps" else torch.float64
-
-    def factor(self, value: float) -> Tensor:
-        """`value`, or 1 while the brake is on."""
-        return torch.where(self.on, self.number(1.0), self.number(value))
-
-    def term(self, value: float) -> Tensor:
-        """`value`, or 0 while the brake is on."""
-        return torch.where(self.on, self.number(0.0), self.number(value))
-
-    def number(self, value: float) -> Tensor:
-        return torch.full((), value, dtype=self.dtype, device=self.on.device)
+Chunk = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]  # the columns of rows, or of pieces of rows
 
 
-def _chunks(rows: Sequence[tuple[Tensor, ...]]) -> Iterable[Columns]:
-    limit = _CHUNK if rows and rows[0][0].device.type == "cpu" else _CHUNK_ON_DEVICE
-    columns: Columns = [[] for _ in range(4)]
+def _chunks(rows: Sequence[Row]) -> Iterator[Chunk]:
+    """Yield chunks of about as many values as fit the cache: small tensors share one, large ones are cut into several.
+
+    A tensor that is not contiguous stays whole.
+    """
+    limit = _CPU_CHUNK if rows and rows[0][0].device.type == "cpu" else _DEVICE_CHUNK
+    chunk: Chunk = ([], [], [], [])
     filled = 0
     for row in rows:
-        whole = not all(tensor.is_contiguous() for tensor in row)
-        for piece in [row] if whole else zip(*(tensor.view(-1).split(limit) for tensor in row), strict=True):
+        contiguous = all(tensor.is_contiguous() for tensor in row)
+        pieces = zip(*(tensor.view(-1).split(limit) for tensor in row), strict=True) if contiguous else [row]
+        for piece in pieces:
             if filled and filled + piece[0].numel() > limit:
-                yield columns
-                columns, filled = [[] for _ in range(4)], 0
-            for column, tensor in zip(columns, piece, strict=True):
+                yield chunk
+                chunk, filled = ([], [], [], []), 0
+            for column, tensor in zip(chunk, piece, strict=True):
                 column.append(tensor)
             filled += piece[0].numel()
     if filled:
-        yield columns
+        yield chunk
 
 
-def _step_columns(columns: Columns, group: Mapping, step: int, brake: _Brake | None) -> None:
-    """The library's update in its order of operations, which decides the last bit: eps is added into the second moment
-    at each step, and again to its root."""
-    parameters, gradients, averages, variances = columns
-    (beta1, beta2), eps, rate = group["betas"], group["eps"], group["lr"]
-    rectified, step_size = rectification(step, beta1, beta2)
-    if brake is not None:
+def _update(chunk: Chunk, numbers: StepNumbers, guard: _Guard) -> None:
+    """Do a step on these tensors in place, in the library's order of operations, which decides the last bit.
+
+    Per value, with gradient g, first moment m, second moment v and weight w:
+
+        w = decay * w;  m = beta1 * m + (1 - beta1) * g;  v = beta2 * v + (1 - beta2) * (g - m)² + eps
+        w = w + move * m / (sqrt(v) + eps), or w + move * m before rectification
+
+    Adding eps to v at every step, and again to its root, is the library's way.
+    """
+    weights, gradients, averages, variances = chunk
+    skip = guard.skip
+    if skip is not None:
         for gradient in gradients:
-            gradient.masked_fill_(brake.on, 0.0)
-    if group["weight_decay"]:
-        decay = 1.0 - rate * group["weight_decay"]
-        torch._foreach_mul_(parameters, decay if brake is None else brake.factor(decay))
-    torch._foreach_mul_(averages, beta1 if brake is None else brake.factor(beta1))
-    torch._foreach_add_(averages, gradients, alpha=1 - beta1)
+            gradient.masked_fill_(skip, 0.0)  # it may be NaN, and 0 * NaN is NaN
+    if numbers.decay != 1.0:
+        torch._foreach_mul_(weights, guard.multiplier(numbers.decay))
+    torch._foreach_mul_(averages, guard.multiplier(numbers.beta1))
+    torch._foreach_add_(averages, gradients, alpha=numbers.beta1_rest)
     surprises = torch._foreach_sub(gradients, averages)
-    if brake is not None:
-        torch._foreach_mul_(surprises, brake.term(1.0))
-    torch._foreach_mul_(variances, beta2 if brake is None else brake.factor(beta2))
-    torch._foreach_addcmul_(variances, surprises, surprises, value=1 - beta2)
-    if brake is None:
+    if skip is not None:
+        torch._foreach_mul_(surprises, guard.term(1.0))
+    torch._foreach_mul_(variances, guard.multiplier(numbers.beta2))
+    torch._foreach_addcmul_(variances, surprises, surprises, value=numbers.beta2_rest)
+    eps = guard.term(numbers.eps)
+    if isinstance(eps, Tensor):
+        torch._foreach_add_(variances, eps, alpha=1)  # without alpha the host would read the value
+    else:
         torch._foreach_add_(variances, eps)
-    else:
-        torch._foreach_add_(variances, brake.term(eps), alpha=1)  # without alpha the host would ask for the number
-    if rectified:
+    if numbers.rectified:
         roots = torch._foreach_sqrt(variances)
-        torch._foreach_add_(roots, eps)
-        if brake is not None:
-            torch._foreach_div_(roots, brake.term(1.0))  # infinite while the brake is on
-        torch._foreach_addcdiv_(parameters, averages, roots, value=-step_size * rate)
+        torch._foreach_add_(roots, numbers.eps)
+        if skip is not None:
+            torch._foreach_div_(roots, guard.term(1.0))  # infinite for a skipped step, so that the weights move by 0
+        torch._foreach_addcdiv_(weights, averages, roots, value=numbers.move)
     else:
-        moves = averages if brake is None else torch._foreach_mul(averages, brake.term(1.0))
-        torch._foreach_add_(parameters, moves, alpha=-step_size * rate)
+        moves = averages if skip is None else torch._foreach_mul(averages, guard.term(1.0))
+        torch._foreach_add_(weights, moves, alpha=numbers.move)
 
 
-def _numbers(group: Mapping, step: int) -> Numbers:
-    (beta1, beta2), eps, rate = group["betas"], group["eps"], group["lr"]
+def _step_numbers(group: Mapping[str, Any], step: int) -> StepNumbers:
+    (beta1, beta2), eps, learning_rate = group["betas"], group["eps"], group["lr"]
     rectified, step_size = rectification(step, beta1, beta2)
-    decay = 1.0 - rate * group["weight_decay"]
-    return decay, beta1, 1 - beta1, beta2, 1 - beta2, eps, -step_size * rate, float(rectified)
+    decay = 1.0 - learning_rate * group["weight_decay"]
+    return StepNumbers(decay, beta1, 1 - beta1, beta2, 1 - beta2, eps, -step_size * learning_rate, rectified)
 
 
-def _cuda_device(groups: Iterable[Mapping]) -> torch.device | None:
+def rectification(step: int, beta1: float, beta2: float) -> tuple[bool, float]:
+    """Return whether a step (from 1) uses the second moment, and its step size for a learning rate of 1.
+
+    RAdam's rule (Liu et al. 2019, arXiv:1908.03265) in the library's order of operations. In the first steps, five at
+    the default betas, the variance of the second moment is intractable (`rho` < 5) and the first moment alone moves the
+    weights.
+    """
+    beta2_power = beta2**step
+    rho_max = 2 / (1 - beta2) - 1
+    rho = rho_max - 2 * step * beta2_power / (1 - beta2_power)
+    bias_correction = 1 - beta1**step
+    if rho < 5:
+        return False, 1.0 / bias_correction
+    squared = (1 - beta2_power) * (rho - 4) / (rho_max - 4) * (rho - 2) / rho * rho_max / (rho_max - 2)
+    return True, math.sqrt(squared) / bias_correction
+
+
+def _cuda_device(groups: Iterable[Mapping[str, Any]]) -> torch.device | None:
     devices = (parameter.device for group in groups for parameter in group["params"])
     return next((device for device in devices if device.type == "cuda"), None)
 
 
-def tried_kernel(device: torch.device) -> AdaBeliefKernel:
-    """The Triton kernel, after it gave the bits of torch's own operations on the device, before rectification and
-    after, with numbers below the smallest normal one among them. Raises whatever keeps it from that."""
+def verified_kernel(device: torch.device) -> AdaBeliefKernel:
+    """Return the Triton kernel once its bits equal those of torch's operations on this device.
+
+    Tried before and after rectification starts, with values of all sizes, subnormal ones included. Raises whatever goes
+    wrong.
+    """
     from .adabelief_kernel import BLOCK, AdaBeliefKernel
 
     kernel, generator = AdaBeliefKernel(device), torch.Generator().manual_seed(0)
     group = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-16, weight_decay=0.1)
     scales = torch.logspace(-42, 3, 2 * BLOCK + 3)
     for step in (1, 10):
+        numbers = _step_numbers(group, step)
         values = [torch.randn(len(scales), generator=generator) * scales for _ in range(4)]
-        values[3].abs_()
-        theirs, ours = [value.to(device) for value in values], tuple(value.to(device, copy=True) for value in values)
-        _step_columns([[value] for value in theirs], group, step, None)
-        kernel([(ours, _numbers(group, step))], None)
-        if not all(torch.equal(one, other) for one, other in zip(theirs, ours, strict=True)):
+        values[3].abs_()  # the second moment
+        torchs, ours = ([value.to(device, copy=True) for value in values] for _ in range(2))
+        _update(([torchs[0]], [torchs[1]], [torchs[2]], [torchs[3]]), numbers, _Guard(None))
+        kernel([((ours[0], ours[1], ours[2], ours[3]), numbers)], None)
+        if not all(torch.equal(one, other) for one, other in zip(torchs, ours, strict=True)):
             raise RuntimeError("its last bits are not those of torch's operations")
     return kernel
-
-
-def rectification(step: int, beta1: float, beta2: float) -> tuple[bool, float]:
-    """(whether the second moment is used, the step size without the rate) at a step counted from 1.
-
-    RAdam's rule (Liu et al. 2019, arXiv:1908.03265) as the library computes it; before it holds, momentum alone moves
-    the weights.
-    """
-    decayed = beta2**step
-    longest = 2 / (1 - beta2) - 1
-    length = longest - 2 * step * decayed / (1 - decayed)
-    unbiased = 1 - beta1**step
-    if length < 5:
-        return False, 1.0 / unbiased
-    shrink = (1 - decayed) * (length - 4) / (longest - 4) * (length - 2) / length * longest / (longest - 2)
-    return True, math.sqrt(shrink) / unbiased

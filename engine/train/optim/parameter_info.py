@@ -1,4 +1,7 @@
-"""Where in a CLIP a parameter stands: which tower, what kind, how deep. Groups, freezing and diagnoses speak of it."""
+"""What a parameter of a CLIP is, read from its name: its tower, kind and depth.
+
+Parameter groups, freezing, frozen features and gradient warnings are all defined in these terms.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import re
 from ...clip.architecture import Architecture
 from ...clip.variants.resnet import STAGES
 
-# The kinds, and whether weight decay acts on them.
+# The kinds of parameters, and whether weight decay applies to them.
 KINDS = {
     "attention": True,
     "mlp": True,
@@ -21,25 +24,25 @@ KINDS = {
     "biases": False,
     "projection": True,
 }
-# Belong to neither tower; each is a group of its own.
+# These belong to neither tower; each is a group of its own.
 SCALARS = ("logit_scale", "logit_bias")
 _BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.")
-# In a ResNet a stage counts as a block, the stem comes before the first and the attention pooling after the last.
+# In a ResNet a stage counts as a block; the stem comes before the first and the attention pooling after the last.
 _STAGE = re.compile(r"^visual\.layer(\d)\.")
 _BATCH_NORM = re.compile(r"\.(bn\d|downsample\.1)\.")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
-class Part:
-    """`depth` is 0 for what comes before the first block, n for block n - 1, and one more than that after the last."""
+class ParameterInfo:
+    """`depth` is 0 before the first block, n in the n-th block, and one more than the last block's after the blocks."""
 
-    tower: str  # "text" or "vision"; for a scalar its name
+    tower: str  # "text" or "vision"; the name of a scalar
     kind: str  # one of KINDS; "" for a scalar
     depth: int
 
     @property
     def group(self) -> str:
-        """text.attention, vision.r, …, logit_scale."""
+        """Such as text.attention, vision.r, logit_scale."""
         return f"{self.tower}.{self.kind}" if self.kind else self.tower
 
     @property
@@ -47,17 +50,17 @@ class Part:
         return KINDS.get(self.kind, False)
 
 
-def parameter_info(name: str, architecture: Architecture) -> Part:
-    """The part that a parameter of the network is, by its name."""
+def parameter_info(name: str, architecture: Architecture) -> ParameterInfo:
+    """Return what the parameter of this name is."""
     if name in SCALARS:
-        return Part(name, "", 0)
+        return ParameterInfo(name, "", 0)
     tower = "vision" if name.startswith("visual.") else "text"
     if tower == "vision" and architecture.resnet:
-        return Part(tower, _resnet_kind(name), _resnet_depth(name))
-    return Part(tower, _kind(name), _depth(name, layers_of(tower, architecture)))
+        return ParameterInfo(tower, _resnet_kind(name), _resnet_depth(name))
+    return ParameterInfo(tower, _transformer_kind(name), _transformer_depth(name, layers_of(tower, architecture)))
 
 
-def _kind(name: str) -> str:
+def _transformer_kind(name: str) -> str:
     if name.endswith((".r", ".theta")):
         return name.rsplit(".", 1)[1]
     if name.endswith(("_embedding", "token_embedding.weight")):
@@ -71,7 +74,7 @@ def _kind(name: str) -> str:
     return "attention" if ".attn." in name else "mlp" if ".mlp." in name else "projection"
 
 
-def _depth(name: str, layers: int) -> int:
+def _transformer_depth(name: str, layers: int) -> int:
     if block := _BLOCK.search(name):
         return int(block[1]) + 1
     return 0 if "embedding" in name or "conv1" in name or "ln_pre" in name else layers + 1
@@ -94,19 +97,21 @@ def _resnet_depth(name: str) -> int:
 
 
 def layers_of(tower: str, architecture: Architecture) -> int:
-    """The blocks of a tower; those of a ResNet are its stages."""
-    vision = STAGES if architecture.resnet else architecture.vision_layers
-    return {"text": architecture.text_layers, "vision": vision}.get(tower, 0)
+    """Return the number of blocks of a tower (the stages of a ResNet); 0 for a scalar."""
+    vision = architecture.vision_layers
+    return {"text": architecture.text_layers, "vision": vision if isinstance(vision, int) else STAGES}.get(tower, 0)
 
 
-def layer_in_words(tower: str, depth: int, architecture: Architecture) -> str:
-    """block 3 of the text tower, the embeddings of the vision tower, …; blocks count from 0 and a ResNet's stages from
-    1, as in the file."""
+def layer_name(tower: str, depth: int, architecture: Architecture) -> str:
+    """Return a layer's name for messages, such as "block 3 of the text tower".
+
+    Blocks count from 0 and a ResNet's stages from 1, as in the names of the parameters.
+    """
     if tower in SCALARS:
         return tower
     if tower == "vision" and architecture.resnet:
-        places = ("the stem", *(f"layer{number}" for number in range(1, STAGES + 1)), "the attention pooling")
-        return f"{places[depth]} of the vision tower"
+        names = ("the stem", *(f"layer{stage}" for stage in range(1, STAGES + 1)), "the attention pooling")
+        return f"{names[depth]} of the vision tower"
     if depth == 0:
         return f"the embeddings of the {tower} tower"
     if depth > layers_of(tower, architecture):

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, TypedDict, cast
 import torch
 from torch import Tensor
 
-from ..optim.gradient_norms import Norms
+from ..optim.gradient_norms import GradientNorms
 from .folder import RunFolder
 
 # A line is in the file after this many steps or seconds, whichever is sooner.
@@ -54,7 +54,7 @@ class StepOutcome(NamedTuple):
     loss: Tensor
     logit_scale: Tensor
     finite: Tensor
-    norms: Norms
+    norms: GradientNorms
     learning_rates: dict[str, float]
 
 

@@ -1,4 +1,4 @@
-"""`clip-finetune bench`: its table and numbers, that all contenders do the same work, and how their work is counted."""
+"""`clip-finetune bench`: its table and numbers, the check that all contenders do the same work, and the FLOP count."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from clip_finetune.engine import save_full_clip, to_gmp
 from clip_finetune.engine.bench import measure as measure_module
 from clip_finetune.engine.bench.contenders import Contender, OurStep, open_clip_network
-from clip_finetune.engine.bench.work import ARCHITECTURES, flop_per_pair, random_batch
+from clip_finetune.engine.bench.workload import ARCHITECTURES, flop_per_pair, random_batch
 from clip_finetune.engine.cli import main
 from clip_finetune.engine.data.images.decoding import normalize
 from clip_finetune.engine.errors import UserError
@@ -30,23 +30,23 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def small_product(monkeypatch):
-    monkeypatch.setitem(measure_module._PRODUCT, "cpu", 512)
+    monkeypatch.setitem(measure_module._PRODUCT_SIZE, "cpu", 512)
 
 
-def test_the_command_gives_a_table_and_the_same_numbers_as_json(tmp_path, capsys, one_thread):
+def test_the_command_prints_a_table_and_writes_the_same_numbers_as_json(tmp_path, capsys, one_thread):
     pytest.importorskip("transformers")
-    save_full_clip(to_gmp(random_clip()), tmp_path / "tiny.safetensors")  # a model in GmP form is folded
+    save_full_clip(to_gmp(random_clip()), tmp_path / "tiny.safetensors")  # bench folds a GmP model
     options = ["--batch-size", "4", "--rounds", "2", "--threads", "1", "--device", "cpu"]
-    files = ["--model", str(tmp_path / "tiny.safetensors"), "--json", str(tmp_path / "found.json")]
+    files = ["--model", str(tmp_path / "tiny.safetensors"), "--json", str(tmp_path / "bench.json")]
     assert main(["bench", *options, *files]) == 0
-    shown, found = capsys.readouterr().out, json.loads((tmp_path / "found.json").read_text())
-    assert found["machine"] in shown and f"torch {torch.__version__}" in found["machine"]
-    rows = {row["name"]: row for row in found["rows"]}
+    output, result = capsys.readouterr().out, json.loads((tmp_path / "bench.json").read_text())
+    assert result["machine"] in output and f"torch {torch.__version__}" in result["machine"]
+    rows = {row["name"]: row for row in result["rows"]}
     assert sum("ours" in name for name in rows) == 3
     assert sum("open_clip" in name for name in rows) == sum("Hugging Face" in name for name in rows) == 1
     for name, row in rows.items():
-        assert name in shown
-        assert row["dtype"] == "fp32" and row["batch"] == 4  # a model so narrow trains in fp32
+        assert name in output
+        assert row["dtype"] == "fp32" and row["batch"] == 4  # auto is fp32 for so narrow a model
         assert row["pairs_per_second"] > 0 and 0 < row["share_of_peak"] < 1.5
         assert row["peak_bytes"] is None or 1e6 < row["peak_bytes"] < 1e9
         assert len(row["seconds"]) == 2 and row["speed_to_open_clip"] > 0
@@ -54,7 +54,7 @@ def test_the_command_gives_a_table_and_the_same_numbers_as_json(tmp_path, capsys
     assert max(row["first_loss"] for row in rows.values()) - min(row["first_loss"] for row in rows.values()) < 1e-4
 
 
-def test_a_contender_that_does_other_work_stops_it():
+def test_a_contender_that_does_other_work_is_refused():
     contender = Contender("another", "fp32", OurStep)
     measure_module._check_loss(contender, 2.0, {"infonce": 2.00005})
     for loss in (2.01, math.nan):
@@ -63,7 +63,7 @@ def test_a_contender_that_does_other_work_stops_it():
 
 
 @pytest.mark.parametrize("sizes", [{}, {"image_size": 48, "embed_dim": 24, "text_mlp_width": 128}])
-def test_flop_are_those_that_torch_counts_in_open_clips_forward(sizes):
+def test_flop_equal_those_that_torch_counts_in_open_clips_forward(sizes):
     model = random_clip(dataclasses.replace(TINY, **sizes))
     network, batch = open_clip_network(model), random_batch(model.architecture, 3)
     images = normalize(batch.images)
@@ -78,7 +78,7 @@ def test_flop_are_those_that_torch_counts_in_open_clips_forward(sizes):
 
 
 def test_flop_of_known_models():
-    """526 GFLOP a trained pair for ViT-L/14, as is published in other words: 175.3 in the forward pass."""
+    """526 GFLOP per trained pair for ViT-L/14: three times the published 175.3 GFLOP of a forward pass."""
     assert flop_per_pair(ARCHITECTURES["ViT-L-14"]) == pytest.approx(526e9, rel=2e-3)
 
 
@@ -96,11 +96,11 @@ def test_captions_end_with_the_end_token_and_differ():
     "arguments, words",
     [
         (["--model", "ViT-Z-99"], "ViT-Z-99 is neither a file nor one of ViT-B-32 and ViT-L-14"),
-        (["--batch-size", "1"], "--batch-size of 2"),
+        (["--batch-size", "1"], "--batch-size of 2 or more"),
         (["--rounds", "0"], "--rounds"),
     ],
 )
-def test_what_cannot_be_measured_gives_one_sentence(arguments, words, capsys):
+def test_what_cannot_be_measured_gives_a_one_sentence_error(arguments, words, capsys):
     assert main(["bench", *arguments]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("clip-finetune bench: ") and words in error and error.endswith(".")

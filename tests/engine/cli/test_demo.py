@@ -9,7 +9,7 @@ import pytest
 from clip_finetune.engine import load_dataset, train
 from clip_finetune.engine.cli import demo
 from clip_finetune.engine.clip.network import random_full_clip
-from clip_finetune.engine.data.readers.registry import Captions
+from clip_finetune.engine.data.readers.parsed import Captions
 from clip_finetune.engine.data.tools.demo_images import combinations, draw_demo_classes, draw_demo_dataset
 
 

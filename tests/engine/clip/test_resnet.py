@@ -35,12 +35,10 @@ from clip_finetune.engine.train.memory import activations_of
 from clip_finetune.engine.train.optim.factory import (
     OptimizerConfig,
     build_optimizer,
-    group_table,
-    parameter_groups,
-    set_learning_rates,
 )
 from clip_finetune.engine.train.optim.gradient_norms import GradientMeter
-from clip_finetune.engine.train.optim.parameter_info import layer_in_words, layers_of, parameter_info
+from clip_finetune.engine.train.optim.parameter_groups import group_table, parameter_groups, set_learning_rates
+from clip_finetune.engine.train.optim.parameter_info import layer_name, layers_of, parameter_info
 
 # Two blocks in the second stage, so that one of them is not a stage's first.
 TINY_RN = dataclasses.replace(
@@ -360,14 +358,14 @@ def test_the_stages_of_a_resnet_are_its_blocks():
     }
     assert {name: parameter_info(name, TINY_RN).kind for name in kinds} == kinds
     assert layers_of("vision", TINY_RN) == 4
-    words = [layer_in_words("vision", depth, TINY_RN) for depth in (0, 1, 4, 5)]
+    words = [layer_name("vision", depth, TINY_RN) for depth in (0, 1, 4, 5)]
     assert words == [
         f"{place} of the vision tower" for place in ("the stem", "layer1", "layer4", "the attention pooling")
     ]
 
 
 def test_with_layer_decay_each_stage_learns_slower_than_the_one_above(model):
-    groups = {group["name"]: group["factor"] for group in named_groups(build_network(model), layer_decay=0.5)}
+    groups = {group["name"]: group["multiplier"] for group in named_groups(build_network(model), layer_decay=0.5)}
     expected = {"vision.projection.5": 1.0, "vision.embeddings.5": 1.0}
     expected |= {f"vision.convolutions.{depth}": 0.5 ** (5 - depth) for depth in range(5)}
     assert {name: groups[name] for name in expected} == expected
@@ -382,7 +380,7 @@ def test_a_gradient_that_is_not_a_number_is_found_in_its_stage(model):
     torch.testing.assert_close(norms.total, torch.tensor(sum(p.numel() for p in network.parameters())).sqrt())
     torch.testing.assert_close(norms.by_layer.norm(), norms.total)
     network.visual.layer3[0].bn1.bias.grad[0] = torch.nan
-    assert meter.broken_place(meter.measure().by_layer.tolist()) == "first in layer3 of the vision tower"
+    assert meter.nonfinite_layers(meter.measure().by_layer.tolist()) == "first in layer3 of the vision tower"
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -420,7 +418,7 @@ def test_the_statistics_keep_the_bits_of_the_dtype_they_were_stored_in(data, tmp
 @pytest.mark.parametrize("gmp", [False, True])
 def test_the_gradient_of_a_resnet_does_not_depend_on_the_micro_batch(model, data, tmp_path, monkeypatch, gmp):
     """In float64, on the path of a training: from the pictures' files to the gradients that the optimizer gets."""
-    monkeypatch.setattr(master_weights, "MASTERS", torch.float64)
+    monkeypatch.setattr(master_weights, "MASTER_DTYPE", torch.float64)
     measure = GradientMeter.measure
     seen = {}
 

@@ -15,15 +15,16 @@ from PIL import Image
 
 from clip_finetune.engine import ClipDataset, UserError, load_dataset, split_dataset
 from clip_finetune.engine.cli.info import describe_dataset
-from clip_finetune.engine.data import dataset as dataset_module
 from clip_finetune.engine.data import fingerprint
 from clip_finetune.engine.data.images.decoding import BrokenImage, load_image, normalize
 from clip_finetune.engine.data.images.folder_tree import image_suffixes
 from clip_finetune.engine.data.images.transforms import Transform
 from clip_finetune.engine.data.loader import LoaderOptions, TrainLoader
-from clip_finetune.engine.data.readers import json_files, json_stream
-from clip_finetune.engine.data.readers.caption_texts import in_lines
+from clip_finetune.engine.data.readers import json_stream
+from clip_finetune.engine.data.readers.labels_json import read_by_name
+from clip_finetune.engine.data.readers.parsed import caption_lines
 from clip_finetune.engine.data.sampler import CaptionsConfig, epoch_order
+from clip_finetune.engine.data.splits import original_paths
 from clip_finetune.engine.data.tokenizer import Tokenizer
 
 
@@ -49,7 +50,7 @@ def test_text_files_beside_pictures_give_a_caption_a_line(tmp_path):
         "b.JPG": ("of b",),
         "sub/c.webp": ("of c",),
     }
-    assert data.missing() == [] and "1 pictures have no caption" in data.notes[0]
+    assert data.missing() == [] and "1 images have no caption" in data.notes[0]
 
 
 @pytest.mark.parametrize("place", ["", "images/", "sub/"])
@@ -91,8 +92,8 @@ def test_class_folders_give_labels_and_a_sentence_to_train_on(tmp_path):
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda folder: None, "holds no pictures"),
-        (lambda folder: picture(folder / "a.png"), "1 pictures but no captions"),
+        (lambda folder: None, "holds no images"),
+        (lambda folder: picture(folder / "a.png"), "1 images but no captions"),
         (lambda folder: (folder / "labels.json").write_text('{"a.png": ["x"'), "not valid JSON"),
         (lambda folder: (folder / "labels.json").write_text('{"a.png": 3, "b.png": ["x"]}'), "captions of a.png"),
         (lambda folder: (folder / "labels.json").write_bytes(b'{"a.png": ["\xff\xfe"]}'), "not UTF-8"),
@@ -138,11 +139,11 @@ def test_reading_a_labels_json_in_pieces_gives_what_json_gives(tmp_path, monkeyp
             file = tmp_path / "labels.json"
             text = json.dumps(labels, indent=chance.choice([None, 1]), ensure_ascii=chance.random() < 0.5)
             file.write_text(text, encoding="utf-8")
-            found = json_files.read_labels(file)
-            assert found == {name: in_lines(captions) for name, captions in labels.items()}, round_
+            found = read_by_name(file)
+            assert found == {name: caption_lines(captions) for name, captions in labels.items()}, round_
             file.write_text(text[: chance.randint(1, len(text) - 1)].rstrip("} \n"), encoding="utf-8")
             with pytest.raises(UserError, match="not valid JSON"):
-                json_files.read_labels(file)
+                read_by_name(file)
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -324,7 +325,7 @@ def test_a_quotation_mark_that_is_never_closed_is_told(tmp_path):
 
 def missing_by_definition(dataset):
     """A picture is there if any of the places that it may be at is a file."""
-    return [index for index in range(len(dataset)) if not any(map(os.path.isfile, dataset._places(index)))]
+    return [index for index in range(len(dataset)) if not any(map(os.path.isfile, dataset.locations.candidates(index)))]
 
 
 def test_missing_pictures_are_those_that_no_place_has_whatever_their_names(tmp_path):
@@ -400,7 +401,7 @@ def test_a_split_goes_by_the_place_of_each_picture_whatever_its_name(tmp_path):
             place = os.path.normpath(os.path.join(origin, name.replace("\\", "/")))
             tops = [root for root in roots if place.startswith(os.path.join(root, ""))]
             expected.append(os.path.relpath(place, tops[0] if tops else top))
-        found = dataset_module._originals(dataset)
+        found = original_paths(dataset)
         # A name that means a folder above it names no picture.
         wrong = [pair for pair in zip(found, expected, strict=True) if pair[0] != pair[1] and pair[1].strip("./")]
         assert len(set(expected)) > 100 and not wrong

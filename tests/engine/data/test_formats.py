@@ -14,15 +14,16 @@ from clips import random_clip
 from image_folders import class_folder, labels_folder
 from PIL import Image
 
-from clip_finetune.engine import UserError, eval_zero_shot, load_dataset, split_dataset
+from clip_finetune.engine import UserError, combine_datasets, eval_zero_shot, load_dataset, split_dataset
 from clip_finetune.engine.cli import main
-from clip_finetune.engine.data.dataset import combine_datasets
 from clip_finetune.engine.data.from_images import dataset_from_images
-from clip_finetune.engine.data.readers import folders
-from clip_finetune.engine.data.readers.caption_texts import is_caption_field, prompt_captions
-from clip_finetune.engine.data.readers.json_stream import JsonStream
+from clip_finetune.engine.data.readers import sidecars
+from clip_finetune.engine.data.readers.columns import is_caption_field
+from clip_finetune.engine.data.readers.json_stream import json_members
+from clip_finetune.engine.data.readers.registry import WRITABLE_FORMATS
+from clip_finetune.engine.data.readers.tables import prompt_captions
 from clip_finetune.engine.data.tokenizer import Tokenizer
-from clip_finetune.engine.data.tools.convert import TARGETS, convert_captions
+from clip_finetune.engine.data.tools.convert import convert_captions
 
 
 def folder_of(folder: Path, files: dict[str, object], pictures: str = "a.png b.png") -> Path:
@@ -172,7 +173,7 @@ def test_a_csv_of_classes_gives_one_sample_a_picture_and_what_most_rows_say(tmp_
     rows = "image,label,response\na.png,red_fox,fox\na.png,red_fox,dog\na.png,wolf,wolf\nb.png,hen,hen\nb.png,hen,x\n"
     data = load_dataset(folder_of(tmp_path, {"human_responses.csv": rows}, "all/a.png all/b.png"))
     assert data.format == "labels" and data.class_names == ("hen", "red fox") and data.labels == [1, 0]
-    assert data.missing() == [] and not data.has_captions and "1 pictures have rows that do not agree" in data.notes[0]
+    assert data.missing() == [] and not data.has_captions and "1 images have rows that do not agree" in data.notes[0]
 
 
 def test_where_as_many_rows_say_one_class_as_another_both_are_right_in_any_order(tmp_path):
@@ -204,7 +205,7 @@ def test_records_with_a_class_and_no_caption_are_classes(tmp_path, file):
         data = load_dataset(place)
         assert data.format == "labels" and data.names == ["all/a.png", "c.png"] and not data.has_captions
         assert [data.class_names[label] for label in data.labels] == ["red fox", "3"] and data.missing() == []
-        assert any("1 pictures have rows that do not agree" in note for note in data.notes)
+        assert any("1 images have rows that do not agree" in note for note in data.notes)
     assert load_dataset(folder, image_column="file_name").labels == data.labels
     with pytest.raises(UserError, match="cannot be read as metadata"):
         load_dataset(folder, "metadata")
@@ -239,7 +240,7 @@ def test_parquet_is_read_if_pyarrow_is_there(tmp_path):
     assert data.format == "parquet" and found_in(data) == TWO and data.missing() == []
     numbers = pyarrow.table({"image": [1], "text": ["x"]})
     parquet.write_table(numbers, folder / "train.parquet")
-    with pytest.raises(UserError, match="holds neither pictures nor their names in its column image"):
+    with pytest.raises(UserError, match="holds neither images nor their names in its column image"):
         load_dataset(folder)
     (folder / "train.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(UserError, match="cannot be read as Parquet"):
@@ -249,20 +250,20 @@ def test_parquet_is_read_if_pyarrow_is_there(tmp_path):
 def test_a_folder_whose_pictures_have_texts_beside_them_is_seen(tmp_path, monkeypatch):
     def seen(files, pictures):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        return folders.holds_captioned_images(folder_of(folder, files, pictures))
+        return sidecars.holds_captioned_images(folder_of(folder, files, pictures))
 
     assert seen({"a.txt": "x"}, "b.png a.PNG") and seen({"a.b.Caption": "x"}, "a.b.webp")
     assert not seen({"notes.txt": "x", "config.json": "{}"}, "chart.png") and not seen({"a.txt": "x"}, "")
     assert not seen({}, "a.png") and not seen({"deep/a.txt": "x"}, "deep/a.png")
-    assert not folders.holds_captioned_images(tmp_path / "none")
-    monkeypatch.setattr(folders, "_MOST_LISTED", 1)
+    assert not sidecars.holds_captioned_images(tmp_path / "none")
+    monkeypatch.setattr(sidecars, "_MOST_LISTED", 1)
     assert not seen({"a.txt": "x"}, "a.png")
     monkeypatch.undo()
     later = folder_of(tmp_path / "later", {}, "a.png")
     os.utime(later, ns=(10**18, 10**18))
-    assert not folders.holds_captioned_images(later)
+    assert not sidecars.holds_captioned_images(later)
     (later / "a.txt").write_text("x")
-    assert folders.holds_captioned_images(later)
+    assert sidecars.holds_captioned_images(later)
 
 
 def test_without_pyarrow_parquet_says_what_is_missing(tmp_path, monkeypatch):
@@ -276,7 +277,7 @@ def test_kohyas_folder_names_say_how_often_a_picture_comes(tmp_path):
         folder_of(tmp_path / "two", {"10_dog/a.txt": "a dog", "1_cat/b.txt": "a cat"}, "10_dog/a.png 1_cat/b.png")
     )
     assert dict(zip(data.names, data.repeats, strict=True)) == {"10_dog/a.png": 10, "1_cat/b.png": 1}
-    assert any("come in an epoch" in note for note in data.notes)
+    assert any("come per epoch" in note for note in data.notes)
     assert data.subset([1]).repeats == [data.repeats[1]]
 
 
@@ -482,10 +483,10 @@ def test_the_same_images_are_the_same_files_also_when_they_were_deleted(tmp_path
 def test_a_picture_that_comes_twice_is_one_sample(tmp_path):
     picture = numpy.zeros((4, 4, 3), numpy.uint8)
     data = dataset_from_images([picture, picture + 1, picture], ["one", "", "two"], tmp_path)
-    assert list(data.captions) == [("one", "two")] and "1 pictures have no caption" in data.notes[0]
-    with pytest.raises(UserError, match="2 pictures and 1 captions"):
+    assert list(data.captions) == [("one", "two")] and "1 images have no caption" in data.notes[0]
+    with pytest.raises(UserError, match="2 images and 1 captions"):
         dataset_from_images([picture, picture], ["one"], tmp_path)
-    with pytest.raises(UserError, match="None of the pictures has a caption"):
+    with pytest.raises(UserError, match="None of the images has a caption"):
         dataset_from_images([picture], [" "], tmp_path)
 
 
@@ -516,7 +517,7 @@ def odd_folder(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("to", WRITABLE_FORMATS)
 def test_captions_go_through_every_format_and_back(tmp_path, to):
     source = odd_folder(tmp_path / "source")
     before = state(source)
@@ -586,7 +587,7 @@ def test_what_cannot_be_converted_is_told_in_one_sentence(tmp_path, capsys):
         ("json", source / "new", "is inside the data set"),
         ("json", tmp_path / "full", "is already there"),
         ("json", source, "is already there"),
-        ("yaml", tmp_path / "new", "choose json, sidecar"),
+        ("yaml", tmp_path / "new", "choose json, kohya"),
     ]:
         with pytest.raises(UserError, match=words) as refusal:
             convert_captions(data, to, out)
@@ -630,7 +631,7 @@ def test_a_million_letters_and_none_are_captions(tmp_path):
 
 def test_pictures_whose_captions_are_all_empty_are_left_out(tmp_path):
     data = load_dataset(folder_of(tmp_path, {"l.json": {"a.png": ["", " "], "b.png": "x"}}))
-    assert data.names == ["b.png"] and "1 pictures have no caption" in data.notes[0]
+    assert data.names == ["b.png"] and "1 images have no caption" in data.notes[0]
     with pytest.raises(UserError, match="every caption there is empty"):
         load_dataset(folder_of(tmp_path / "2", {"c.csv": "image,caption\na.png,\nb.png,\n"}))
 
@@ -761,9 +762,8 @@ def test_other_json_files_do_not_get_in_the_way(tmp_path):
 def test_a_mistake_early_in_a_large_json_is_told_without_reading_it_all(tmp_path):
     file = tmp_path / "l.json"
     file.write_text('{"a.png": ["x" "y"],' + " " * 3_000_000 + "}")
-    with JsonStream(file) as stream, pytest.raises(UserError, match="line 1"):
-        list(stream.members())
-    assert stream._stream.closed
+    with pytest.raises(UserError, match="line 1"):
+        list(json_members(file))
 
 
 # ---- many ------------------------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def test_parts_that_are_read_together_and_large_groups_are_told(tmp_path, monkey
     monkeypatch.setattr("clip_finetune.engine.data.readers.parquet._LARGE_GROUP", 10_000)
     captioned(tmp_path / "large/x.parquet", 10)
     captioned(tmp_path / "small/x.parquet", 10, group=1)
-    assert "x.parquet holds 0.0 GB of pictures in one group" in load_dataset(tmp_path / "large").notes[0]
+    assert "x.parquet holds 0.0 GB of images in one row group" in load_dataset(tmp_path / "large").notes[0]
     assert load_dataset(tmp_path / "small").notes == ()
 
 
@@ -246,7 +246,7 @@ def test_a_damaged_file_is_told_in_a_sentence(tmp_path):
 
 def test_captions_that_are_no_texts_are_refused(tmp_path):
     written(tmp_path / "a.parquet", {"image": held(encoded(0)), "text": [5]})
-    with pytest.raises(UserError, match="a.parquet: the captions of a.parquet#0 are not texts; name another"):
+    with pytest.raises(UserError, match="a.parquet: the captions of a.parquet#0 are not texts, but .5.; name another"):
         load_dataset(tmp_path)
 
 
@@ -319,7 +319,7 @@ def test_a_file_that_may_not_be_read_is_told(ordinary_user):
 
 MEMORY = """
 import sys
-from clip_finetune.engine.data import picture_files
+from clip_finetune.engine.data.images import image_files
 from clip_finetune.engine.data.images.image_files import open_bytes
 image_files._STRETCH, image_files._KEPT_BYTES = 2**24, 2**26
 def peak():  # not getrusage's, which begins with that of the process that started this one

@@ -12,9 +12,8 @@ import torch
 from image_folders import captioned, class_folder, labels_folder, noise, turned
 from PIL import Image
 
-from clip_finetune.engine import UserError, load_dataset, split_dataset
+from clip_finetune.engine import UserError, combine_datasets, load_dataset, split_dataset
 from clip_finetune.engine.cli import main
-from clip_finetune.engine.data.dataset import combine_datasets
 from clip_finetune.engine.data.tools import detection, prepare
 from clip_finetune.engine.data.tools.detection import (
     Box,

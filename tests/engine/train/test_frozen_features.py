@@ -64,7 +64,7 @@ def test_a_training_is_the_same_with_and_without(data, tmp_path, monkeypatch, co
     """In float64: losses and weights after steps in which every picture came several times; with 4 at once the last
     part of a batch of 6 is filled."""
     monkeypatch.setattr(frozen_features, "_at_once", lambda device, micro_batch: at_once)
-    monkeypatch.setattr(master_weights, "MASTERS", torch.float64)
+    monkeypatch.setattr(master_weights, "MASTER_DTYPE", torch.float64)
     kept = run(data, tmp_path / "kept", **settings)
     assert len(computed) == len(data)
     computed.clear()

@@ -9,12 +9,12 @@ from clips import TINY, VIT_L_14, random_clip
 from image_folders import labels_folder
 
 from clip_finetune.engine import TrainConfig, UserError, load_dataset, to_gmp, train
-from clip_finetune.engine.bench.work import most_allocated
+from clip_finetune.engine.bench.workload import peak_allocation
 from clip_finetune.engine.data.loader import Batch
 from clip_finetune.engine.openai import END, START
 from clip_finetune.engine.train import memory
 from clip_finetune.engine.train.freezing import LayersConfig
-from clip_finetune.engine.train.memory import activations_of, optimizer_bytes
+from clip_finetune.engine.train.memory import activations_of
 from clip_finetune.engine.train.setup import Plan
 from clip_finetune.engine.train.step import TrainingStep, build_weights
 
@@ -69,7 +69,7 @@ def test_a_step_takes_what_was_foreseen(pairs, precision, gmp, settings):
     work.optimizer.zero_grad()
     found = work.memory().forecast(pairs, work.micro_batch, LENGTH)
     foreseen = found.peak - found.weights - found.optimizer
-    assert foreseen == pytest.approx(most_allocated(lambda: work(batch, 1), CPU), rel=0.1)
+    assert foreseen == pytest.approx(peak_allocation(lambda: work(batch, 1), CPU), rel=0.1)
 
 
 @pytest.mark.parametrize("optimizer", ["adabelief", "adamw", "adafactor"])
@@ -79,7 +79,7 @@ def test_the_optimizer_and_the_weights_take_what_was_foreseen(optimizer, precisi
     work(batch_of(4, TINY.image_size), 0)
     state = [value for kept in work.optimizer.state.values() for value in kept.values()]
     moments = sum(value.nbytes for value in state if isinstance(value, torch.Tensor) and value.dim())
-    assert optimizer_bytes(work.trained.values(), optimizer) == pytest.approx(moments, rel=0.001)
+    assert work.memory().tensors.optimizer == pytest.approx(moments, rel=0.001)
     tensors = [*work.trained.values(), *work.network.parameters(), *work.network.buffers()]
     there = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
     found = work.memory().forecast(4, 4, LENGTH)

@@ -96,8 +96,12 @@ def child(tmp_path: Path, script: str, *arguments: str, cc: int = 90) -> subproc
     variables["PYTHONPATH"] = os.pathsep.join((str(package), variables["PYTHONPATH"]))
     return subprocess.run(
         [sys.executable, tmp_path / "script.py", *arguments],
-        env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        env=variables,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_cuda_without_an_index_is_the_current_device(tmp_path):
@@ -122,7 +126,12 @@ def main():
 
 @pytest.mark.parametrize(
     "cc, precision, resolved, settings",
-    [(90, "auto", "bf16", []), (80, "bf16", "bf16", ["--gmp", "--micro-batch", "2"])],
+    [
+        (90, "auto", "bf16", []),
+        (80, "bf16", "bf16", ["--gmp", "--micro-batch", "2"]),
+        (75, "auto", "fp16", []),
+        (90, "fp16", "fp16", ["--gmp", "--micro-batch", "2"]),
+    ],
 )
 def test_a_training_on_cuda_runs_and_resumes(tmp_path, cc, precision, resolved, settings):
     save_full_clip(random_clip(), tmp_path / "model.safetensors")

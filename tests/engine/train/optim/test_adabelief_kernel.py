@@ -1,12 +1,14 @@
-"""AdaBelief's Triton kernel: its bits in Triton's interpreter, the program for a graphics card, and a training that
-goes on without it."""
+"""AdaBelief's Triton kernel: its bits in Triton's interpreter, its compiled code, and trainings without it."""
 
+import contextlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 import traceback
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,19 +17,18 @@ from adabelief_pytorch import AdaBelief
 from torch.overrides import TorchFunctionMode
 
 from clip_finetune.engine.train.optim import adabelief
-from clip_finetune.engine.train.optim.adabelief import ChunkedAdaBelief, tried_kernel
+from clip_finetune.engine.train.optim.adabelief import ChunkedAdaBelief, verified_kernel
 
 CPU = torch.device("cpu")
-SETTINGS = dict(lr=1e-3, eps=1e-16, betas=(0.9, 0.999), weight_decouple=True, rectify=True, print_change_log=False)
 STATE = ("exp_avg", "exp_avg_var")
-# The kernel's blocks have 2048 values: less, one, more, whole blocks, and one value in a block of its own.
+# A block of the kernel has 2048 values: fewer, one, more, exactly a block, and one more than two blocks.
 SHAPES = [(3,), (1,), (64, 65), (2048,), (5, 7, 11), (), (4097,)]
 
 
 def random_parameters(device=CPU):
-    """The last two are none of the kernel's: one is not contiguous, one begins at an address of its own."""
-    generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(shape, generator=generator).to(device) for shape in (*SHAPES, (5, 6), (9,))]
+    """The kernel refuses the last two: one is not contiguous, the other not aligned."""
+    rng = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=rng).to(device) for shape in (*SHAPES, (5, 6), (9,))]
     return [torch.nn.Parameter(value) for value in (*values[:-2], values[-2].t(), values[-1][1:])]
 
 
@@ -40,13 +41,15 @@ def groups_of(parameters):
 
 
 def steps(parameters, optimizer, count):
-    """Before each step: gradients of all sizes, some below the smallest normal number, with a parameter that joins late
-    and one that misses steps; and rates of the groups."""
+    """Before each step, set gradients of all sizes, subnormal ones included, and the learning rates of the groups.
+
+    One parameter joins late and one misses steps.
+    """
     for step in range(count):
-        generator = torch.Generator().manual_seed(step)
+        rng = torch.Generator().manual_seed(step)
         for number, parameter in enumerate(parameters):
-            size = 10.0 ** (torch.rand(parameter.shape, generator=generator) * 44 - 42)
-            gradient = torch.randn(parameter.shape, generator=generator) * size
+            size = 10.0 ** (torch.rand(parameter.shape, generator=rng) * 44 - 42)
+            gradient = torch.randn(parameter.shape, generator=rng) * size
             missing = (number == 3 and step < 4) or (number == 4 and step % 3 == 1)
             parameter.grad = None if missing else gradient.to(parameter.device)
         for number, group in enumerate(optimizer.param_groups):
@@ -56,7 +59,8 @@ def steps(parameters, optimizer, count):
 
 def assert_the_librarys_bits(optimizer, ours, count):
     theirs = random_parameters(ours[0].device)
-    library = AdaBelief(groups_of(theirs), **SETTINGS)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its options
+        library = AdaBelief(groups_of(theirs), lr=1e-3, print_change_log=False)
     for step, _ in zip(steps(theirs, library, count), steps(ours, optimizer, count), strict=True):
         if step % 2:
             optimizer.found_inf = torch.zeros((), device=ours[0].device)
@@ -68,13 +72,16 @@ def assert_the_librarys_bits(optimizer, ours, count):
                 assert torch.equal(library.state[one][name], optimizer.state[other][name]), step
 
 
-# ---- in Triton's interpreter, in a process of its own: it is chosen before Triton is imported ------------------------
+# ---- in Triton's interpreter, in a process of its own, because it is chosen before Triton is imported ----------------
 
 
 class RoundedAsOnCUDA(TorchFunctionMode):
-    """torch's operations on a CPU that round as on CUDA: three are one fma each, where a CPU has some other order, and
-    a root is the nearest number, which a CPU's is not always. So says cuobjdump of torch 2.15's machine code for sm_90,
-    and ATen/native/cuda/DeviceAddCmulCdiv.cuh. An old Triton's interpreter rounds an fma twice: so do these then."""
+    """Makes torch's operations on a CPU round as on CUDA: three are one fma each, and a root is the nearest number.
+
+    On a CPU the order is another, and a root is not always the nearest number. The sources are cuobjdump of torch
+    2.15's machine code for sm_90 and ATen/native/cuda/DeviceAddCmulCdiv.cuh. An old Triton's interpreter rounds an fma
+    twice; then so does this.
+    """
 
     def __init__(self):
         super().__init__()
@@ -94,7 +101,7 @@ class RoundedAsOnCUDA(TorchFunctionMode):
         factor = torch.tensor(factor, dtype=torch.float32)
         for own, one, *other in zip(*arguments, strict=True) if many else [arguments]:
             term = one if name == "add" else one * other[0] if name == "addcmul" else one / other[0]
-            # A float64 holds the product of two float32 whole.
+            # The product of two float32 fits a float64 without rounding.
             moved = factor.double() * term.double() + own.double() if self.fused else factor * term + own
             own.copy_(moved.float())
         return None if many else arguments[0]
@@ -103,7 +110,7 @@ class RoundedAsOnCUDA(TorchFunctionMode):
 def with_kernel(parameters):
     from clip_finetune.engine.train.optim.adabelief_kernel import AdaBeliefKernel
 
-    optimizer = ChunkedAdaBelief(groups_of(parameters), **SETTINGS)
+    optimizer = ChunkedAdaBelief(groups_of(parameters), lr=1e-3)
     optimizer._kernel = AdaBeliefKernel(CPU)
     return optimizer
 
@@ -112,28 +119,28 @@ def interpreted_bits():
     ours = random_parameters()
     with RoundedAsOnCUDA():
         assert_the_librarys_bits(with_kernel(ours), ours, 9)
-        assert tried_kernel(CPU)
-    with pytest.raises(RuntimeError, match="last bits"):  # for want of the fma
-        tried_kernel(CPU)
+        assert verified_kernel(CPU)
+    with pytest.raises(RuntimeError, match="last bits"):  # because a CPU has no fma here
+        verified_kernel(CPU)
 
 
-def interpreted_brake():
+def interpreted_skipping():
     parameters = random_parameters()
     optimizer = with_kernel(parameters)
     for step in steps(parameters, optimizer, 9):
-        stopped = step in (0, 3, 7)  # at first, before rectification and after
+        skipped = step in (0, 3, 7)  # the first, one before rectification starts and one after
         moved = [parameter for parameter in parameters if parameter.grad is not None]
         before = [
             (p.detach().clone(), *(optimizer.state[p].get(name, torch.tensor(0.0)).clone() for name in STATE))
             for p in moved
         ]
-        for parameter in moved if stopped else ():
+        for parameter in moved if skipped else ():
             parameter.grad.fill_(torch.nan)
-        optimizer.found_inf = torch.tensor(float(stopped))
+        optimizer.found_inf = torch.tensor(float(skipped))
         optimizer.step()
         for parameter, values in zip(moved, before, strict=True):
             now = (parameter.detach(), *(optimizer.state[parameter][name] for name in STATE))
-            assert all(bool((one == other).all()) for one, other in zip(now, values, strict=True)) == stopped, step
+            assert all(bool((one == other).all()) for one, other in zip(now, values, strict=True)) == skipped, step
 
 
 def interpreted_launches():
@@ -146,13 +153,13 @@ def interpreted_launches():
             launches.append(grid)
             return launched[grid]
 
-    adabelief_kernel.adabelief_kernel = Counted()  # the last check of its process
+    adabelief_kernel.adabelief_kernel = Counted()  # not restored: this is the last check of its process
     parameters = random_parameters()
     optimizer = with_kernel(parameters)
     tables = []
     for _ in steps(parameters, optimizer, 3):
         parameters[3].grad, parameters[4].grad = torch.ones(2048), torch.ones(5, 7, 11)
-        for _ in range(2):  # the second with the same gradients
+        for _ in range(2):  # twice with the same gradients
             optimizer.step()
             tables.append((optimizer._kernel._tensors, optimizer._kernel._owners))
     assert len(launches) == 6
@@ -162,19 +169,19 @@ def interpreted_launches():
 
 
 def interpreted():
-    """Run in the process: a line for each check, what went wrong or nothing."""
-    found = {}
-    for check in (interpreted_bits, interpreted_brake, interpreted_launches):
+    """Run all checks in the process, and print the traceback of each, "" if it passed."""
+    failures = {}
+    for check in (interpreted_bits, interpreted_skipping, interpreted_launches):
         try:
             check()
-            found[check.__name__] = ""
+            failures[check.__name__] = ""
         except Exception:
-            found[check.__name__] = traceback.format_exc()
-    print(json.dumps(found))
+            failures[check.__name__] = traceback.format_exc()
+    print(json.dumps(failures))
 
 
 @pytest.fixture(scope="module")
-def found_by_interpreter():
+def failures():
     pytest.importorskip("triton", reason="Triton is not installed")
     done = subprocess.run(
         [sys.executable, "-c", "import test_adabelief_kernel as tests; tests.interpreted()"],
@@ -187,24 +194,24 @@ def found_by_interpreter():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_the_kernel_has_the_librarys_bits_over_nine_steps(found_by_interpreter):
-    assert found_by_interpreter["interpreted_bits"] == ""
+def test_the_kernel_has_the_librarys_bits_over_nine_steps(failures):
+    assert failures["interpreted_bits"] == ""
 
 
-def test_a_braked_step_of_the_kernel_changes_nothing(found_by_interpreter):
-    assert found_by_interpreter["interpreted_brake"] == ""
+def test_a_skipped_step_of_the_kernel_changes_nothing(failures):
+    assert failures["interpreted_skipping"] == ""
 
 
-def test_a_step_is_one_launch_whose_tables_stay_while_the_addresses_do(found_by_interpreter):
-    assert found_by_interpreter["interpreted_launches"] == ""
+def test_a_step_is_one_launch_and_its_tables_stay_while_sizes_and_addresses_do(failures):
+    assert failures["interpreted_launches"] == ""
 
 
-# ---- the program for a graphics card ---------------------------------------------------------------------------------
+# ---- compiled for a GPU ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_the_kernel_compiled_rounds_where_it_says(capability):
-    """Each value has its three fma, and nothing else is contracted, approximate or flushed to zero."""
+def test_the_compiled_kernel_rounds_where_torch_does(capability):
+    """Each value has its three fma; nothing else is fused, approximate or flushed to zero."""
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -215,21 +222,19 @@ def test_the_kernel_compiled_rounds_where_it_says(capability):
     source = ASTSource(adabelief_kernel, types, constexprs=dict(BLOCK=BLOCK))
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=OPTIONS)
     assert compiled.asm["cubin"]
-    found: dict[str, int] = {}
-    for operation in re.findall(r"\b((?!selp|setp)[a-z]+\.[a-z0-9.]*f32)\s", compiled.asm["ptx"]):
-        found[operation] = found.get(operation, 0) + 1
+    counts = Counter(re.findall(r"\b((?!selp|setp)[a-z]+\.[a-z0-9.]*f32)\s", compiled.asm["ptx"]))
     values = 2 * BLOCK // (32 * OPTIONS["num_warps"])  # of a thread, in a whole block and in a last one
     once = dict.fromkeys(("div.rn.f32", "sqrt.rn.f32", "sub.rn.f32"), values)
-    assert found == once | {"fma.rn.f32": 3 * values, "mul.rn.f32": 4 * values, "add.rn.f32": 2 * values}
+    assert counts == once | {"fma.rn.f32": 3 * values, "mul.rn.f32": 4 * values, "add.rn.f32": 2 * values}
     assert len(re.findall(r"ld\.global\.v4\.b32", compiled.asm["ptx"])) == 4 * values // 2 // 4
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA graphics card")
-def test_the_kernel_has_the_librarys_bits_on_a_graphics_card():
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_the_kernel_has_the_librarys_bits_on_a_gpu():
     pytest.importorskip("triton", reason="Triton is not installed")
     ours = random_parameters(torch.device("cuda"))
     notes = []
-    optimizer = ChunkedAdaBelief(groups_of(ours), **SETTINGS, say=notes.append)
+    optimizer = ChunkedAdaBelief(groups_of(ours), lr=1e-3, on_note=notes.append)
     assert_the_librarys_bits(optimizer, ours, 12)
     assert optimizer._kernel and not notes
 
@@ -238,11 +243,11 @@ def test_the_kernel_has_the_librarys_bits_on_a_graphics_card():
 
 
 @pytest.mark.parametrize("missing", [True, False])
-def test_without_a_working_triton_the_steps_are_torchs_and_a_sentence_says_so(missing, monkeypatch):
-    """Missing as on Windows; or there, but not able to run anything, as on a machine without a card's driver."""
+def test_without_a_working_triton_the_steps_are_torchs_and_a_note_says_so(missing, monkeypatch):
+    """Missing as on Windows; or installed, but unable to run anything, as on a machine without a GPU driver."""
     monkeypatch.setattr(adabelief, "_cuda_device", lambda groups: CPU)
     notes, ours = [], random_parameters()
-    optimizer = ChunkedAdaBelief(groups_of(ours), **SETTINGS, say=notes.append)
+    optimizer = ChunkedAdaBelief(groups_of(ours), lr=1e-3, on_note=notes.append)
     with monkeypatch.context() as patch:
         if missing:
             patch.delitem(sys.modules, adabelief.__name__ + "_kernel", raising=False)
@@ -256,7 +261,7 @@ def test_without_a_working_triton_the_steps_are_torchs_and_a_sentence_says_so(mi
     assert ("ModuleNotFoundError: import of triton halted" in note) == missing
 
 
-def test_a_training_says_it_too(monkeypatch):
+def test_a_training_passes_the_note_on(monkeypatch):
     from clips import random_clip
 
     from clip_finetune.engine.notes import Notes
@@ -269,7 +274,7 @@ def test_a_training_says_it_too(monkeypatch):
         raise OSError("no C compiler\nfound")
 
     monkeypatch.setattr(adabelief, "_cuda_device", lambda groups: CPU)
-    monkeypatch.setattr(adabelief, "tried_kernel", fails)
+    monkeypatch.setattr(adabelief, "verified_kernel", fails)
     notes, config = [], TrainConfig.from_flat(batch_size=2)
     plan = Plan(device=CPU, precision="fp32", batch_size=2, steps_per_epoch=9, total_steps=9)
     weights = build_weights(random_clip(), config, plan)

@@ -1,4 +1,4 @@
-"""What all contenders of `bench` do alike: a model, a batch, its loss and what it costs to compute."""
+"""What all contenders of `bench` do alike: the model, the batch, its loss, and how many operations it takes."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ ARCHITECTURES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """What all do alike; small, so that it goes into another process."""
+class Workload:
+    """What to train: small enough to be sent to another process. `source` is a file or a name in ARCHITECTURES."""
 
     source: str
     batch_size: int
@@ -63,7 +63,7 @@ class Work:
     threads: int = dataclasses.field(default_factory=torch.get_num_threads)
 
     def open_model(self) -> FullCLIP:
-        """A plain model in fp32: random weights for the name of an architecture, else those of a file."""
+        """Return a plain model in fp32: an architecture with random weights, or the one in a file."""
         source = self.source
         if source in ARCHITECTURES:
             return random_full_clip(ARCHITECTURES[source], seed=0)
@@ -78,22 +78,25 @@ class Work:
 
 
 def random_batch(a: Architecture, pairs: int, seed: int = 0) -> Batch:
-    """Pictures of noise, and captions of 8 to 20 words between the start and the end token."""
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (pairs, 3, a.image_size, a.image_size), generator=generator, dtype=torch.uint8)
+    """Return images of noise, and captions of 8 to 20 random tokens between the start and the end token."""
+    rng = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (pairs, 3, a.image_size, a.image_size), generator=rng, dtype=torch.uint8)
     tokens = torch.zeros(pairs, a.context_length, dtype=torch.int64)
     longest = min(20, a.context_length - 2)
     for row in tokens:
-        words = int(torch.randint(min(8, longest), longest + 1, (), generator=generator))
-        row[1 : words + 1] = torch.randint(1, a.vocab_size - 2, (words,), generator=generator)
-        row[0], row[words + 1] = a.vocab_size - 2, a.vocab_size - 1
+        length = int(torch.randint(min(8, longest), longest + 1, (), generator=rng))
+        row[1 : length + 1] = torch.randint(1, a.vocab_size - 2, (length,), generator=rng)
+        row[0], row[length + 1] = a.vocab_size - 2, a.vocab_size - 1
     numbers = torch.arange(pairs)
     return Batch(images, tokens, numbers, numbers, list(range(pairs)))
 
 
 def flop_per_pair(a: Architecture, towers: Sequence[str] = ("vision", "text")) -> int:
-    """Of a trained pair: 2·m·n·k of each matrix product of the forward pass over all positions, and twice as many in
-    backward; whatever of it an implementation leaves out."""
+    """Return the operations to train a vision transformer on one pair: 2 m n k per matrix product, over all positions.
+
+    The backward pass counts twice as much as the forward pass. What an implementation leaves out counts too.
+    """
+    assert isinstance(a.vision_layers, int) and a.vision_mlp_width and a.patch_size, "a vision transformer"
     patches = a.grid**2
     forward = {
         "vision": _tower_flop(patches + 1, a.vision_width, a.vision_layers, a.vision_mlp_width, a.embed_dim)
@@ -103,25 +106,23 @@ def flop_per_pair(a: Architecture, towers: Sequence[str] = ("vision", "text")) -
     return 3 * sum(forward[tower] for tower in towers)
 
 
-def _tower_flop(positions: int, width: int, layers: int, mlp: int, embed: int) -> int:
+def _tower_flop(positions: int, width: int, layers: int, mlp_width: int, embed_dim: int) -> int:
     attention = 4 * 2 * positions * width**2 + 2 * 2 * positions**2 * width
-    return layers * (attention + 2 * 2 * positions * width * mlp) + 2 * width * embed
+    return layers * (attention + 2 * 2 * positions * width * mlp_width) + 2 * width * embed_dim
 
 
 def our_loss(model: FullCLIP, batch: Batch, device: torch.device, name: str) -> float:
-    """A loss of ours before the first step, in fp32."""
+    """Return the value of one of LOSSES before the first step, in fp32."""
     network = build_network(model, device=device)
+    loss = LOSSES[name].make(0.07, 0.1).to(device)
     with torch.no_grad():
-        features = (
-            network.encode_image(normalize(batch.images.to(device))),
-            network.encode_text(batch.tokens.to(device)),
-        )
-        positives = torch.eye(batch.pairs, dtype=torch.bool, device=device)
-        return float(LOSSES[name].make(0.07, 0.1).to(device)(*features, network.logit_scale, positives))
+        images = network.encode_image(normalize(batch.images.to(device)))
+        texts = network.encode_text(batch.tokens.to(device))
+        return float(loss(images, texts, network.logit_scale, torch.eye(batch.pairs, dtype=torch.bool, device=device)))
 
 
-def most_allocated(action: Callable[[], object], device: torch.device) -> int:
-    """By how many bytes what torch has allocated grew at most while the action ran."""
+def peak_allocation(action: Callable[[], object], device: torch.device) -> int:
+    """Return the bytes by which torch's allocated memory grew at most while the action ran."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -129,11 +130,12 @@ def most_allocated(action: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         action()
-    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
+    # torch has no public way to ask the CPU's allocator, so this adds up the profiler's records of it.
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
-        most = max(most, now)
-    return most
+        peak = max(peak, now)
+    return peak

@@ -1,0 +1,89 @@
+"""COCO's caption annotations: `{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError, shown
+from ..images.folder_tree import Tree
+from .json_stream import json_members, json_object
+from .parsed import CaptionCollector, FileCaptions, ParsedCaptions, Source
+
+COCO_LISTS = frozenset(("images", "annotations"))
+
+
+def is_coco_member(name: str, value: Any) -> bool:
+    """Whether this is an element of one of COCO's lists."""
+    if name not in COCO_LISTS or not isinstance(value, Mapping):
+        return False
+    return "file_name" in value or {"image_id", "caption"} <= value.keys()
+
+
+def read_coco(file: Path, source: Source) -> FileCaptions | str:
+    """Read the captions; for other annotations, return what they are. Raises `UserError`."""
+    names: dict[int | str, str] = {}
+    captions: dict[int | str, list[str]] = {}
+    for name, value in json_members(file, COCO_LISTS):
+        if name == "images":
+            names[_id(file, value, "id")] = _text(file, value, "file_name")
+        elif name == "annotations":
+            if "caption" not in value:
+                return "holds COCO annotations of another kind than captions"
+            captions.setdefault(_id(file, value, "image_id"), []).append(_text(file, value, "caption"))
+    collector = CaptionCollector()
+    for number, name in names.items():
+        collector.add(name, captions.get(number, [""]))
+    return FileCaptions(by_image=collector.by_image(), image_folders=_image_folders(file))
+
+
+def _id(file: Path, value: Any, field: str) -> int | str:
+    if isinstance(value, Mapping) and isinstance(value.get(field), (int, str)):
+        return value[field]
+    raise _missing_field(file, value, field)
+
+
+def _text(file: Path, value: Any, field: str) -> str:
+    if isinstance(value, Mapping) and isinstance(value.get(field), str):
+        return value[field]
+    raise _missing_field(file, value, field)
+
+
+def _missing_field(file: Path, value: Any, field: str) -> UserError:
+    return UserError(f"{file}: there is no {field} in {shown(value)}; mend it, or move the file elsewhere.")
+
+
+def _image_folders(file: Path) -> tuple[str, ...]:
+    """The images of annotations/captions_train2017.json are in train2017 or images/train2017."""
+    subset, top = file.stem.removeprefix("captions_"), file.absolute().parent.parent
+    return tuple(str(folder) for folder in (top / subset, top / "images" / subset) if folder.is_dir())
+
+
+def coco_file_beside(folder: Path) -> Path:
+    """Where COCO keeps the captions of the images in a folder; it need not exist."""
+    return folder.absolute().parent / "annotations" / f"captions_{folder.absolute().name}.json"
+
+
+def read_coco_beside(tree: Tree) -> ParsedCaptions | str:
+    """Read the captions of a folder of images that was opened without the folder `annotations` beside it."""
+    file = coco_file_beside(tree.top)
+    if not file.is_file() or not tree.pictures:
+        return ""
+    captions = read_coco(file, Source(tree))
+    if isinstance(captions, str):
+        return f"../annotations/{file.name} {captions}"
+    return ParsedCaptions(
+        format="coco",
+        reason=f"../annotations/{file.name} holds COCO captions",
+        names=list(captions.by_image),
+        captions=list(captions.by_image.values()),
+        origins=[str(tree.top)] * len(captions.by_image),
+    )
+
+
+def write_coco(samples: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:
+    pairs = [(number, caption) for number, (_, captions) in enumerate(samples) for caption in captions]
+    images = [{"id": number, "file_name": name} for number, (name, _) in enumerate(samples)]
+    annotations = [{"id": id, "image_id": number, "caption": caption} for id, (number, caption) in enumerate(pairs)]
+    return json_object([("images", images), ("annotations", annotations)])
