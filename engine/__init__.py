@@ -1,10 +1,11 @@
 """CLIP fine-tuning without ComfyUI: open, train, fold, export, merge, blend and evaluate."""
 
 from .clip.blend import blend
-from .clip.exports import export_text_encoder, export_vision_encoder
-from .clip.full_clip import FullCLIP, load_full_clip, save_full_clip
+from .clip.exports import export_text_encoder, export_vision_encoder, save_full_clip
+from .clip.full_clip import FullCLIP
 from .clip.gmp import fold_gmp, to_gmp
 from .clip.huggingface import save_huggingface
+from .clip.load import load_full_clip
 from .clip.lora import export_lora
 from .clip.merge import merge_text_encoder, merge_vision_encoder, transplant_tower
 from .clip.network import build_network

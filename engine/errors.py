@@ -1,4 +1,4 @@
-"""The one exception that is shown to the user as it is, and how what is in a file comes into its sentence."""
+"""The one exception whose text is shown to the user, and helpers that quote untrusted values in it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import reprlib
 
 
 class UserError(ValueError):
-    """Something the user can mend: one plain sentence that says what is wrong, in which file, and what to do."""
+    """Something that the user can fix: one sentence that says what is wrong, in which file, and what to do."""
 
 
-def one_line(said: object, most: int = 200) -> str:
-    """The beginning of what a file or another library says, fit to stand in a sentence: one line, printable, short."""
-    first = str(said).strip().partition("\n")[0][:most]
+def one_line(text: object, max_length: int = 200) -> str:
+    """Return the first line of a text from a file or another library: printable and at most `max_length` long."""
+    first = str(text).strip().partition("\n")[0][:max_length]
     return "".join(letter if letter.isprintable() else " " for letter in first)
 
 
@@ -19,7 +19,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
 
 
-def shown(value: object, most: int = 120) -> str:
-    """A value out of a file as Python writes it, cut short if it is long."""
+def shown(value: object, max_length: int = 120) -> str:
+    """Return the `repr` of a value from a file, shortened so that it fits in a sentence."""
     text = _SHORT.repr(value)
-    return text if len(text) <= most else f"{text[:most]}…"
+    return text if len(text) <= max_length else f"{text[:max_length]}…"

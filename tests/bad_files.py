@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from clip_finetune.engine import build_network, to_gmp
-from clip_finetune.engine.clip.exports import text_encoder_state_dict
+from clip_finetune.engine.clip.encoders import text_encoder_state_dict
 from clip_finetune.engine.clip.full_clip import file_metadata
 from clip_finetune.engine.clip.names import to_hf
 
@@ -91,7 +91,7 @@ def hugging_face() -> dict[str, Tensor]:
 
 
 def text_encoder() -> dict[str, Tensor]:
-    return text_encoder_state_dict(small_clip())[0]
+    return text_encoder_state_dict(small_clip())
 
 
 def gmp() -> dict[str, Tensor]:
@@ -588,7 +588,7 @@ bad(
     ),
     merge=ANY,
 )
-bad("other-text-encoder-wider", lambda: save(text_encoder_state_dict(random_clip(SMALL, text_width=32))[0]), info=TOLD)
+bad("other-text-encoder-wider", lambda: save(text_encoder_state_dict(random_clip(SMALL, text_width=32))), info=TOLD)
 bad(
     "half-hugging-face",
     lambda: save(

@@ -27,6 +27,14 @@ def labels_folder(folder: Path, count: int = 12, *, size: int = 32, captions: in
     return folder
 
 
+def plain_image(file, size=(40, 30), colour=(200, 30, 30), mode="RGB"):
+    """Write an image of one colour, and return its path."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    plain = Image.new("RGB", size, colour)
+    (plain.quantize(8) if mode == "P" else plain.convert(mode)).save(file)
+    return file
+
+
 def class_folder(folder: Path, per_class: int = 3, *, size: int = 32) -> Path:
     """A folder for each colour with `per_class` pictures in shades of it."""
     for name, colour in COLOURS.items():

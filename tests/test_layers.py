@@ -24,7 +24,6 @@ BELOW = {
 }
 # Circles that are still there; the list only shrinks.
 KNOWN_CIRCLES = [
-    ["engine.clip.full_clip", "engine.clip.variants.long_clip"],
     ["engine.data.images.decoding", "engine.data.images.transforms"],
 ]
 HOST = {"comfy", "comfy_api", "folder_paths", "server", "nodes", "execution"}

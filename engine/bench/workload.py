@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..clip.architecture import Architecture
-from ..clip.full_clip import FullCLIP, load_full_clip
+from ..clip.full_clip import FullCLIP
 from ..clip.gmp import fold_gmp
+from ..clip.load import load_full_clip
 from ..clip.network import build_network, random_full_clip
 from ..data.images.decoding import normalize
 from ..data.loader import Batch

@@ -20,7 +20,7 @@ from .terminal import Meter, print_notes, say, stop_between_steps, tenths
 
 
 def open_model(arguments: argparse.Namespace, source: str):
-    from ..clip.full_clip import load_full_clip
+    from ..clip.load import load_full_clip
 
     return load_full_clip(source, activation=arguments.activation, context_length=arguments.context_length)
 
@@ -29,14 +29,6 @@ def open_data(arguments: argparse.Namespace, place: str) -> ClipDataset:
     return load_dataset(
         place, arguments.caption_format, image_column=arguments.image_column, caption_column=arguments.caption_column
     )
-
-
-def _check_output(path: str) -> None:
-    """Before a model is opened, or even downloaded, for nothing."""
-    if not path.endswith(".safetensors"):
-        raise UserError(f"{path} must end in .safetensors.")
-    if os.path.isdir(path):
-        raise UserError(f"{path} is a folder; give the name of a file.")
 
 
 def require_writable(path: str, *others: str | None) -> None:
@@ -119,66 +111,37 @@ def config_from(arguments: argparse.Namespace) -> tuple[TrainConfig, dict[str, s
 
 
 def run_fold(arguments: argparse.Namespace) -> None:
-    from ..clip.full_clip import save_full_clip
+    from ..clip.exports import save_full_clip
     from ..clip.gmp import fold_gmp
+    from ..clip.tensor_files import require_safetensors_path
 
-    _check_output(arguments.output)
+    require_safetensors_path(arguments.output)
     folded = fold_gmp(open_model(arguments, arguments.input))
     print_notes(folded.notes)
     say(f"Wrote {save_full_clip(folded, arguments.output)}.")
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    from ..clip import exports
-    from ..clip.full_clip import save_full_clip
-    from ..clip.gmp import fold_gmp, to_gmp
-    from ..clip.huggingface import save_huggingface
+    from ..clip.exports import check_export, export
 
-    kind, output = arguments.format, arguments.output
-    # For image programs fp16; what may be trained on keeps its own.
-    dtype = arguments.dtype or (None if kind in ("openai", "gmp", "huggingface") else "fp16")
-    if dtype == "mixed" and kind not in ("openai", "gmp"):
-        raise UserError(f"--dtype mixed is for --format openai and gmp; for {kind} choose fp16, bf16 or fp32.")
-    if (kind == "lora") != bool(arguments.baseline):
-        raise UserError("--format lora and --baseline, the model that this one was trained from, go together.")
-    if kind != "huggingface":
-        _check_output(output)
+    format, output, dtype = arguments.format, arguments.output, arguments.dtype
+    check_export(output, format=format, dtype=dtype, with_baseline=bool(arguments.baseline))
     model = open_model(arguments, arguments.input)
     print_notes(model.notes)
-    if kind == "lora":
-        _export_lora(arguments, model, dtype)
-    elif kind == "huggingface":
-        print_notes(save_huggingface(model, output, dtype=dtype)[1])
-    elif kind == "gmp":
-        save_full_clip(to_gmp(model), output, dtype=dtype)
-    else:
-        if model.parameterization == "gmp":
-            model = fold_gmp(model)
-            say("The model is in GmP form; it is folded to plain weights for the export.")
-        writers = {
-            "text": exports.export_text_encoder,
-            "vision": exports.export_vision_encoder,
-            "openai": save_full_clip,
-        }
-        writers[kind](model, output, dtype=dtype)
+    baseline = open_model(arguments, arguments.baseline) if arguments.baseline else None
+    print_notes(baseline.notes if baseline else ())
+    export(model, output, format=format, dtype=dtype, baseline=baseline, rank=arguments.rank, on_note=say)
     say(f"Wrote {output}.")
 
 
-def _export_lora(arguments: argparse.Namespace, model, dtype: str) -> None:
-    from ..clip.lora import export_lora
-
-    baseline = open_model(arguments, arguments.baseline)
-    report = export_lora(model, baseline, arguments.output, rank=arguments.rank, dtype=dtype)
-    print_notes((*baseline.notes, *report.notes, report.sentence))
-
-
 def run_merge(arguments: argparse.Namespace) -> None:
-    from ..clip.full_clip import save_full_clip
+    from ..clip.exports import save_full_clip
     from ..clip.merge import merge_text_encoder, merge_vision_encoder
+    from ..clip.tensor_files import require_safetensors_path
 
     if not arguments.text and not arguments.vision:
         raise UserError("merge needs --text, --vision or both: what to put into the full CLIP.")
-    _check_output(arguments.output)
+    require_safetensors_path(arguments.output)
     merged = open_model(arguments, arguments.model)
     if arguments.text:
         merged = merge_text_encoder(arguments.text, merged)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..clip.architecture import Architecture
-from ..clip.exports import export_text_encoder
-from ..clip.full_clip import FullCLIP, save_full_clip
+from ..clip.exports import export_text_encoder, save_full_clip
+from ..clip.full_clip import FullCLIP
 from ..clip.gmp import fold_gmp
 from ..clip.network import random_full_clip
 from ..data.dataset import ClipDataset

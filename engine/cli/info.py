@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..clip.architecture import is_assumption
-from ..clip.full_clip import kind_of, load_full_clip
 from ..clip.health import BROKEN_MERGE, describe_text_encoder, not_numbers
+from ..clip.load import find_model_source, kind_of, load_full_clip, model_in_folder
 from ..clip.names import text_encoders_in
-from ..clip.sources import find_model_source, holds_a_model
-from ..clip.tensor_files import INDEX_SUFFIX, Contents, read_contents
+from ..clip.tensor_files import INDEX_SUFFIX, FileContents, read_contents
 from ..data.dataset import ClipDataset
 from ..data.load import load_dataset
 from ..errors import UserError, one_line
@@ -42,14 +41,14 @@ def describe(path: str | os.PathLike, activation: str = "auto") -> dict[str, Any
 def _is_model(place: Path) -> bool:
     if os.path.isfile(place):
         return place.name.endswith(INDEX_SUFFIX) or place.suffix.lower() not in _DATASET_SUFFIXES
-    return not os.path.exists(place) or holds_a_model(place)
+    return not os.path.exists(place) or model_in_folder(place) is not None
 
 
 def _describe_model(path: str | os.PathLike, activation: str) -> dict[str, Any]:
     """The facts of a model file; those of another kind than a full CLIP in as far as they are known."""
     if os.path.exists(path):
         contents = read_contents(find_model_source(path).path)
-        kind = kind_of(contents.tensors)
+        kind = kind_of(contents.tensors).name
         if kind == "unknown":
             raise UserError(
                 f"{path} is not a CLIP: it has neither a text tower nor a vision tower; choose another file."
@@ -72,7 +71,7 @@ def _describe_model(path: str | os.PathLike, activation: str) -> dict[str, Any]:
     }
 
 
-def _describe_part(path: str | os.PathLike, kind: str, contents: Contents) -> dict[str, Any]:
+def _describe_part(path: str | os.PathLike, kind: str, contents: FileContents) -> dict[str, Any]:
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in contents.tensors.values()})
     facts = {
         "kind": kind,

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import get_type_hints
 
-from ..data.readers.registry import FORMAT_NAMES, WRITABLE_FORMATS
+from ..clip.exports import EXPORTS
+from ..data.readers.registry import CAPTION_FORMATS, FORMAT_NAMES, WRITERS
 from ..data.tools.prepare import Preparation
 from ..errors import UserError
 from ..settings import SettingInfo
@@ -19,7 +20,6 @@ from . import commands
 from .evaluate import run_eval
 from .terminal import print_any_letter
 
-_EXPORTS = ("text", "vision", "openai", "gmp", "huggingface", "lora")
 _PREPARE = (
     "Make a new data set out of another: colour-jittered and mirrored copies, centre squares, squares around objects."
 )
@@ -128,11 +128,9 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUT", help="a .safetensors file; for huggingface, a new folder")
     parser.add_argument(
         "--format",
-        choices=_EXPORTS,
+        choices=tuple(EXPORTS),
         default="text",
-        help="text: for ComfyUI, diffusers, Forge and kohya (default). vision: for ComfyUI's Load CLIP Vision. openai: "
-        "both towers, plain. gmp: both, in GmP form. huggingface: a folder for transformers. lora: what the text tower "
-        "has over --baseline's.",
+        help=" ".join(f"{name}: {export.help}." for name, export in EXPORTS.items()) + " Default: text.",
     )
     parser.add_argument(
         "--dtype",
@@ -194,9 +192,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         required=True,
-        choices=WRITABLE_FORMATS,
+        choices=WRITERS,
         metavar="FORMAT",
-        help=" ".join(f"{known.name}: {known.help}." for known in WRITABLE_FORMATS.values()),
+        help=" ".join(f"{known.name}: {known.help}." for known in CAPTION_FORMATS if known.writer),
     )
     parser.add_argument(
         "output",

@@ -8,25 +8,21 @@ import torch
 
 from ..errors import UserError
 from .full_clip import FullCLIP
-from .gmp import fold_gmp
+from .gmp import plain_weights
 
 
 def blend(full_clip: FullCLIP, baseline: FullCLIP, alpha: float) -> FullCLIP:
-    """baseline + alpha · (full_clip − baseline) of the plain weights; 1 is `full_clip`, 0 `baseline`, above 1 goes on.
+    """Return baseline + alpha · (full_clip − baseline) of the plain weights; above 1 it extrapolates.
 
     Computed in float64 and rounded once to `full_clip`'s dtypes. At 0 and 1 the input's own tensors come back. Models
-    in GmP form are folded first. Raises `UserError` if the two are not of one architecture.
+    in GmP form are folded first. Raises `UserError` if the two differ in architecture.
     """
     if not math.isfinite(alpha):
         raise UserError(f"alpha is {alpha}; give a number, such as 0.5.")
-    if full_clip.architecture != baseline.architecture:
-        different = [
-            f"{name} {value} and {baseline.architecture.as_dict()[name]}"
-            for name, value in full_clip.architecture.as_dict().items()
-            if value != baseline.architecture.as_dict()[name]
-        ]
+    ours, theirs = full_clip.architecture.as_dict(), baseline.architecture.as_dict()
+    if different := [f"{name} {value} and {theirs[name]}" for name, value in ours.items() if value != theirs[name]]:
         raise UserError(f"Two different models cannot be blended ({', '.join(different)}); choose two of one kind.")
-    plain, base = (fold_gmp(model) if model.parameterization == "gmp" else model for model in (full_clip, baseline))
+    plain, base = plain_weights(full_clip), plain_weights(baseline)
     if alpha in (0, 1):
         return plain if alpha == 1 else base
     blended = {

@@ -1,159 +1,190 @@
-"""A tower as a file of its own, under the names that ComfyUI, diffusers, Forge and kohya load."""
+"""Write a full CLIP to files, in each of EXPORTS: the formats that the export command and the save nodes offer."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from types import MappingProxyType
 
 from ..errors import UserError
-from ..files import write_safetensors
-from . import names
-from .architecture import Architecture
-from .full_clip import MIXED, FullCLIP, cast
-from .gmp import fold_gmp
+from .encoders import text_encoder_state_dict, vision_encoder_state_dict
+from .full_clip import FullCLIP, file_metadata
+from .gmp import plain_weights, to_gmp
+from .huggingface import save_huggingface
+from .lora import export_lora
+from .tensor_files import MIXED, cast, require_safetensors_path, write_safetensors
 
-_PROJECTION = "text_projection.weight"
-# (width, layers, MLP width, heads) of the text towers that diffusion models load.
-CLIP_L = (768, 12, 3072, 12)
-CLIP_G = (1280, 32, 5120, 20)
-# What each is called, what its hosts compute, and which model has it.
-_TEXT_HOSTS = {
-    CLIP_L: ("CLIP-L", "quick_gelu", "ViT-L/14", "SD1.5 or SDXL"),
-    CLIP_G: ("CLIP-G", "gelu", "OpenCLIP's ViT-bigG/14", "SDXL"),
-}
-# (width, layers, MLP width, heads, patch size, picture size, embedding width) of the vision towers that ComfyUI knows.
-_VISION_HOSTS = {
-    (1024, 24, 4096, 16, 14, 224, 768): ("ViT-L/14", "quick_gelu"),
-    (1024, 24, 4096, 16, 14, 336, 768): ("ViT-L/14@336", "quick_gelu"),
-    (1280, 32, 5120, 16, 14, 224, 1024): ("ViT-H/14", "gelu"),
-    (1664, 48, 8192, 16, 14, 224, 1280): ("ViT-bigG/14", "gelu"),
-}
+OnNote = Callable[[str], None]
 
 
-def require_text_tower(full_clip: FullCLIP, sizes: tuple[int, int, int, int]) -> None:
-    """Raise `UserError` unless the text tower is `CLIP_L` (SD1.5, SDXL, SD3, Flux) or `CLIP_G` (SDXL, SD3) and runs as
-    image programs run it."""
-    a = full_clip.architecture
-    if text_sizes(a) != sizes:
-        name, _, model, programs = _TEXT_HOSTS[sizes]
-        raise UserError(
-            f"This model's text tower is not a {name}: it is {a.text_width} wide with {a.text_layers} layers, "
-            f"{a.text_heads} heads and an MLP width of {a.text_mlp_width}, where {name} has {sizes[0]}, {sizes[1]}, "
-            f"{sizes[3]} and {sizes[2]}. Train {model} to get one for {programs}."
-        )
-    _check_activation(a)
+def _ignore(note: str) -> None:
+    pass
 
 
-def text_encoder_state_dict(full_clip: FullCLIP, *, dtype: str | None = None) -> tuple[dict[str, Tensor], list[str]]:
-    """The text tower's tensors under Hugging Face's names, and sentences on what was done.
+def save_full_clip(full_clip: FullCLIP, path: str | os.PathLike[str], *, dtype: str | None = None) -> Path:
+    """Write a full CLIP under OpenAI's names (GmP's if it is in GmP form), with its architecture in the metadata.
 
-    GmP is folded. `logit_scale` is left out. `dtype` is fp16, bf16 or fp32; None keeps each tensor's own. Raises
-    `UserError` for an activation that image programs would run wrongly, and for weights that are not finite.
+    `dtype` is fp16, bf16, fp32 or mixed; None keeps each tensor's own. The file is read back and compared before it
+    replaces an older one. Raises `UserError`.
     """
-    _check_activation(full_clip.architecture)
-    return _tower(full_clip, names.is_text_name, dtype, "text encoder")
+    return write_safetensors(cast(full_clip.state_dict, dtype, path), path, file_metadata(full_clip))
 
 
-def vision_encoder_state_dict(full_clip: FullCLIP, *, dtype: str | None = None) -> tuple[dict[str, Tensor], list[str]]:
-    """The vision tower's tensors under Hugging Face's names as ComfyUI's CLIPVisionLoader reads them, and sentences.
+def export_text_encoder(
+    full_clip: FullCLIP, path: str | os.PathLike[str], *, dtype: str | None = "fp16", on_note: OnNote = _ignore
+) -> Path:
+    """Write the text tower as ComfyUI, diffusers, Forge and kohya load it; read back and compared likewise."""
+    return write_safetensors(text_encoder_state_dict(full_clip, dtype=dtype, on_note=on_note), path, {"format": "pt"})
 
-    As `text_encoder_state_dict`; raises `UserError` also for a tower that ComfyUI does not know.
+
+def export_vision_encoder(
+    full_clip: FullCLIP, path: str | os.PathLike[str], *, dtype: str | None = "fp16", on_note: OnNote = _ignore
+) -> Path:
+    """Write the vision tower as ComfyUI's CLIPVisionLoader loads it; read back and compared likewise."""
+    return write_safetensors(vision_encoder_state_dict(full_clip, dtype=dtype, on_note=on_note), path, {"format": "pt"})
+
+
+# ---- the formats -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What an export may need besides the model and the path. `dtype` None keeps each tensor's own."""
+
+    dtype: str | None
+    baseline: FullCLIP | None
+    rank: int
+    on_note: OnNote
+    on_progress: Callable[[int, int], None]
+    check_cancelled: Callable[[], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportFormat:
+    """A format that a full CLIP can be exported to.
+
+    `help` is half a sentence. `default_dtype` None keeps each tensor's own; `mixed`: the dtype `mixed` is possible.
+    `text_only`: only the text tower is written, for which there are nodes other than Save Full CLIP. `needs_baseline`:
+    the difference to another model is written. `folder`: the output is a folder, not a file.
     """
-    a = full_clip.architecture
-    sizes = (
-        a.vision_width,
-        a.vision_layers,
-        a.vision_mlp_width,
-        a.vision_heads,
-        a.patch_size,
-        a.image_size,
-        a.embed_dim,
+
+    help: str
+    write: Callable[[FullCLIP, Path, ExportOptions], object]
+    default_dtype: str | None = None
+    mixed: bool = False
+    text_only: bool = False
+    needs_baseline: bool = False
+    folder: bool = False
+
+
+def _write_text(full_clip: FullCLIP, path: Path, options: ExportOptions) -> None:
+    export_text_encoder(full_clip, path, dtype=options.dtype, on_note=options.on_note)
+
+
+def _write_vision(full_clip: FullCLIP, path: Path, options: ExportOptions) -> None:
+    export_vision_encoder(full_clip, path, dtype=options.dtype, on_note=options.on_note)
+
+
+def _write_openai(full_clip: FullCLIP, path: Path, options: ExportOptions) -> None:
+    save_full_clip(plain_weights(full_clip, options.on_note), path, dtype=options.dtype)
+
+
+def _write_gmp(full_clip: FullCLIP, path: Path, options: ExportOptions) -> None:
+    save_full_clip(to_gmp(full_clip), path, dtype=options.dtype)
+
+
+def _write_huggingface(full_clip: FullCLIP, path: Path, options: ExportOptions) -> None:
+    save_huggingface(full_clip, path, dtype=options.dtype, on_note=options.on_note)
+
+
+def _write_lora(full_clip: FullCLIP, path: Path, options: ExportOptions) -> None:
+    assert options.baseline is not None, "check_export insists on it"
+    report = export_lora(
+        full_clip,
+        options.baseline,
+        path,
+        rank=options.rank,
+        dtype=options.dtype or "fp16",
+        on_progress=options.on_progress,
+        check_cancelled=options.check_cancelled,
     )
-    if sizes not in _VISION_HOSTS:
-        known = ", ".join(name for name, _ in _VISION_HOSTS.values())
-        raise UserError(f"ComfyUI's CLIPVisionLoader does not know this vision tower; it opens those of {known}.")
-    name, activation = _VISION_HOSTS[sizes]
-    if activation != a.activation:
-        raise _other_activation(f"{name}'s vision tower", a.activation, activation)
-    return _tower(full_clip, names.is_vision_name, dtype, "vision encoder")
+    for note in (*report.notes, report.sentence):
+        options.on_note(note)
 
 
-def _tower(
-    full_clip: FullCLIP, belongs: Callable[[str], bool], dtype: str | None, what: str
-) -> tuple[dict[str, Tensor], list[str]]:
-    done = []
-    if full_clip.parameterization == "gmp":
-        full_clip = fold_gmp(full_clip)
-        done.append("The model was in GmP form; it was folded to plain weights for the export.")
-    tower = {name: tensor for name, tensor in full_clip.state_dict.items() if belongs(name)}
-    if dtype == MIXED:
-        raise UserError(f"The dtype {MIXED} is one of full CLIPs; for a {what} choose fp16, bf16 or fp32.")
-    broken = [name for name, tensor in tower.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise UserError(
-            f"The {what} was not exported: {broken[0]} holds values that are not numbers (NaN or infinite). "
-            "Export a model from before the training broke, such as the run's best.safetensors."
-        )
-    return cast(names.to_hf(tower), dtype, f"The {what}"), done
+EXPORTS: Mapping[str, ExportFormat] = MappingProxyType(
+    {
+        "text": ExportFormat(
+            help="the text tower alone, for ComfyUI, diffusers, Forge and kohya",
+            write=_write_text,
+            default_dtype="fp16",
+            text_only=True,
+        ),
+        "openai": ExportFormat(
+            help="plain weights in one file, to load here again, or in open_clip", write=_write_openai, mixed=True
+        ),
+        "huggingface": ExportFormat(
+            help="a folder that transformers and diffusers open, with tokenizer", write=_write_huggingface, folder=True
+        ),
+        "vision": ExportFormat(
+            help="the vision tower alone, for Load CLIP Vision", write=_write_vision, default_dtype="fp16"
+        ),
+        "gmp": ExportFormat(help="in GmP form, to train on with it", write=_write_gmp, mixed=True),
+        "lora": ExportFormat(
+            help="what the text tower has over the baseline's, as a LoRA",
+            write=_write_lora,
+            default_dtype="fp16",
+            text_only=True,
+            needs_baseline=True,
+        ),
+    }
+)
 
 
-def export_text_encoder(full_clip: FullCLIP, path: str | os.PathLike, *, dtype: str | None = "fp16") -> Path:
-    """Write the text tower as a text encoder file; it is read back and compared before it takes its place."""
-    return _write(text_encoder_state_dict(full_clip, dtype=dtype)[0], path)
+def export(
+    full_clip: FullCLIP,
+    path: str | os.PathLike[str],
+    *,
+    format: str,
+    dtype: str | None = None,
+    baseline: FullCLIP | None = None,
+    rank: int = 32,
+    on_note: OnNote = _ignore,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    check_cancelled: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write a full CLIP in one of EXPORTS; the file or folder appears whole, after it was read back and compared.
 
-
-def export_vision_encoder(full_clip: FullCLIP, path: str | os.PathLike, *, dtype: str | None = "fp16") -> Path:
-    """Write the vision tower as a file for ComfyUI's CLIPVisionLoader; read back and compared likewise."""
-    return _write(vision_encoder_state_dict(full_clip, dtype=dtype)[0], path)
-
-
-def _write(tensors: dict[str, Tensor], path: str | os.PathLike) -> Path:
-    if Path(path).suffix != ".safetensors":
-        raise UserError(f"{path} must end in .safetensors.")
-    return write_safetensors(tensors, path, {"format": "pt"})
-
-
-def mix_text_encoders(
-    original: Mapping[str, Tensor], trained: Mapping[str, Tensor], strength: float, *, projection: bool = False
-) -> dict[str, Tensor]:
-    """original + strength · (trained − original), in the trained tensors' dtypes; both under Hugging Face's names.
-
-    Unless `projection`, the projection stays the trained one: image programs' CLIP-L carries none that can be trusted,
-    while CLIP-G does. Raises `UserError` if the two differ in shape or the mix holds values that are not numbers.
+    `dtype` None is the format's default. `baseline`, `rank`, `on_progress(done, total)` and `check_cancelled`, which
+    raises to stop, are for a LoRA. Raises `UserError`.
     """
-    kept = [] if projection else [_PROJECTION]
-    mixed = {name: trained[name] for name in kept}
-    for name in trained.keys() - mixed.keys():
-        tensor = trained[name]
-        if name not in original or original[name].shape != tensor.shape:
-            raise UserError(f"The connected CLIP has no {name} of this shape, so the two cannot be mixed.")
-        mixed[name] = torch.lerp(original[name].double(), tensor.double(), float(strength)).to(tensor.dtype)
-        if not torch.isfinite(mixed[name]).all():
-            raise UserError(
-                f"The mixed text encoder was not made: {name} would hold values that are not numbers. "
-                "Lower strength, choose dtype fp32, or connect another clip."
-            )
-    return {name: mixed[name] for name in trained}
-
-
-def text_sizes(a: Architecture) -> tuple[int, int, int, int]:
-    """(width, layers, MLP width, heads) of the text tower, as `CLIP_L` and `CLIP_G` are."""
-    return a.text_width, a.text_layers, a.text_mlp_width, a.text_heads
-
-
-def _check_activation(a: Architecture) -> None:
-    if text_sizes(a) in _TEXT_HOSTS:
-        name, activation = _TEXT_HOSTS[text_sizes(a)][:2]
-        if activation != a.activation:
-            raise _other_activation(name, a.activation, activation)
-
-
-def _other_activation(name: str, own: str, hosts: str) -> UserError:
-    return UserError(
-        f"This {name} was trained with {own}, but image programs run every {name} with {hosts}: the export would give "
-        "wrong pictures. Use a model with that activation (for ViT-L/14: OpenAI's)."
+    check_export(path, format=format, dtype=dtype, with_baseline=baseline is not None)
+    chosen = EXPORTS[format]
+    options = ExportOptions(
+        dtype=dtype or chosen.default_dtype,
+        baseline=baseline,
+        rank=rank,
+        on_note=on_note,
+        on_progress=on_progress,
+        check_cancelled=check_cancelled,
     )
+    chosen.write(full_clip, Path(path), options)
+    return Path(path)
+
+
+def check_export(path: str | os.PathLike[str], *, format: str, dtype: str | None, with_baseline: bool) -> None:
+    """Raise `UserError` if `export` could not use these arguments, before a model is opened for it."""
+    if format not in EXPORTS:
+        raise UserError(f"The format {format!r} is not known; choose one of {', '.join(EXPORTS)}.")
+    chosen = EXPORTS[format]
+    if dtype == MIXED and not chosen.mixed:
+        others = " and ".join(name for name, other in EXPORTS.items() if other.mixed)
+        raise UserError(f"The dtype {MIXED} is only for the formats {others}; for {format} choose fp16, bf16 or fp32.")
+    if chosen.needs_baseline and not with_baseline:
+        raise UserError(f"The format {format} needs a baseline (--baseline), the model that this one was trained from.")
+    if with_baseline and not chosen.needs_baseline:
+        raise UserError(f"The format {format} takes no baseline (--baseline); only the format lora does.")
+    if not chosen.folder:
+        require_safetensors_path(path)

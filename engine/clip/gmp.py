@@ -7,18 +7,21 @@ float64 and round once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .full_clip import FullCLIP
 
+FOLDED = "The model was in GmP form; it was folded to plain weights."
 NOTHING_TO_FOLD = "This model is not in GmP form; there was nothing to fold."
 _LAYERS = (".mlp.c_fc", ".mlp.c_proj")
 
 
 def weight_to_gmp(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """r [out, 1] ≥ 0 and theta [out, in] with rows of length 1, from a weight [out, in].
+    """Return r [out, 1] ≥ 0 and theta [out, in] with rows of length 1 for a weight [out, in].
 
     Half precision gives float32, so that folding returns the same bits. A row of zeros gives r = 0 and the direction
     of equal components.
@@ -31,14 +34,14 @@ def weight_to_gmp(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gmp_to_weight(r: Tensor, theta: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight [out, in] that r [out, 1] and theta [out, in] stand for; the sign of r is kept."""
+    """Return the weight [out, in] for r [out, 1] and theta [out, in]; the sign of r counts."""
     exact = theta.double()
     length = exact.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     return (r.double() * (exact / length)).to(dtype or theta.dtype)
 
 
 def to_gmp(full_clip: FullCLIP) -> FullCLIP:
-    """The same model in GmP form; one that is in GmP form already comes back as it is."""
+    """Return the model in GmP form; the model itself if it is in that form already."""
     if full_clip.parameterization == "gmp":
         return full_clip
     changed, dropped = {}, []
@@ -51,7 +54,7 @@ def to_gmp(full_clip: FullCLIP) -> FullCLIP:
 
 
 def fold_gmp(full_clip: FullCLIP) -> FullCLIP:
-    """The same model with plain weights, each in its bias's dtype; a model that is plain comes back with a note."""
+    """Return the model with plain weights, each in its bias's dtype; a plain model comes back with a note."""
     if full_clip.parameterization == "linear":
         if NOTHING_TO_FOLD in full_clip.notes:
             return full_clip
@@ -66,10 +69,24 @@ def fold_gmp(full_clip: FullCLIP) -> FullCLIP:
     return full_clip.derive(changed, dropped=dropped, step="GmP folded")
 
 
+def plain_weights(full_clip: FullCLIP, on_note: Callable[[str], None] = lambda note: None) -> FullCLIP:
+    """Return the model with plain weights: folded, with a note, if it is in GmP form, else the model itself."""
+    if full_clip.parameterization == "linear":
+        return full_clip
+    on_note(FOLDED)
+    return fold_gmp(full_clip)
+
+
 class GmPLinear(nn.Module):
     """A linear layer [.., in] → [.., out] with the parameters `r`, `theta` and `bias`."""
 
-    def __init__(self, in_features: int, out_features: int, device=None, dtype=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.r = nn.Parameter(torch.empty(out_features, 1, device=device, dtype=dtype))
         self.theta = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
@@ -77,7 +94,7 @@ class GmPLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The plain weight [out, in]; open_clip also asks it for the dtype that the tower computes in."""
+        """The plain weight [out, in]; open_clip also reads the dtype that the tower computes in from it."""
         return self.r * F.normalize(self.theta, dim=1)
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -1,33 +1,47 @@
-"""What is wrong with a model's tensors, found before another program loads them and makes noise of them."""
+"""Find what is wrong with a model's tensors, before another program loads them and produces noise."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 from . import names
-from .architecture import Architecture, Shape, counted
+from .architecture import Architecture, Shape, counted, parameterization_of
 
-_MARK = "text_model.embeddings.token_embedding.weight"
+_TOKENS = "text_model.embeddings.token_embedding.weight"
 _LAYER = "text_model.encoder.layers."
 BROKEN_MERGE = "was made by a broken merge script: in every layer of the text tower attn.out_proj equals v_proj."
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of weights that hold NaN or infinite values."""
+    return [name for name, t in tensors.items() if t.dtype in names.WEIGHT_DTYPES and not torch.isfinite(t).all()]
+
+
 def not_numbers(tensors: Mapping[str, Tensor]) -> list[str]:
-    """A sentence if tensors hold NaN or infinite values."""
-    broken = [name for name, t in tensors.items() if t.dtype in names.WEIGHT_DTYPES and not torch.isfinite(t).all()]
-    if not broken:
-        return []
-    return [f"{counted(broken, 'tensor')} not made of numbers only (NaN or infinite); the first is {broken[0]}."]
+    """Return a sentence if weights hold NaN or infinite values, as a list of none or one."""
+    if broken := not_finite(tensors):
+        return [f"{counted(broken, 'tensor')} not made of numbers only (NaN or infinite); the first is {broken[0]}."]
+    return []
+
+
+def require_finite(tensors: Mapping[str, Tensor], what: object) -> None:
+    """Raise `UserError` if weights that are to be written hold NaN or infinite values."""
+    if broken := not_finite(tensors):
+        raise UserError(
+            f"{what} was not written: {broken[0]} holds values that are not numbers (NaN or infinite). Use a model "
+            "from before the training broke, such as the run's best.safetensors."
+        )
 
 
 def made_by_a_broken_merge(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a text tower under OpenAI's names bears the mark of a well-known broken merge: v_proj in every out_proj.
+    """Return whether a text tower under OpenAI's names has v_proj in every out_proj, as a well-known broken merge does.
 
-    Of a sound one, only the first layer is read.
+    Of an intact one, only the first layer is read.
     """
     layers = [name for name in tensors if name.startswith("transformer.") and name.endswith(".attn.in_proj_weight")]
     return bool(layers) and all(_out_equals_v(tensors, name.removesuffix("in_proj_weight")) for name in layers)
@@ -40,12 +54,15 @@ def _out_equals_v(tensors: Mapping[str, Tensor], attention: str) -> bool:
     return torch.equal(joined[-len(out) :], out)
 
 
-def describe_text_encoder(tensors: Mapping[str, Tensor]) -> dict:
-    """Architecture, parameterization and problems of a text encoder's file, under whatever names its tensors have."""
+def describe_text_encoder(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return architecture, parameterization and problems of a text encoder's file, whatever its tensors are called."""
     tensors = names.unwrapped(tensors)
-    prefix = next((name.removesuffix(_MARK) for name in tensors if name.endswith(_MARK)), None)
+    prefix = next((name.removesuffix(_TOKENS) for name in tensors if name.endswith(_TOKENS)), None)
     problems = []
-    if prefix is not None:
+    if prefix is None:
+        gmp = parameterization_of(tensors) == "gmp"
+        sizes = _sizes(tensors, "token_embedding.weight", "positional_embedding", "transformer.resblocks.")
+    else:
         if prefix:
             problems.append(
                 f"The names begin with {prefix!r}: ComfyUI's CLIP loaders would read nothing from it and make noise. "
@@ -53,60 +70,56 @@ def describe_text_encoder(tensors: Mapping[str, Tensor]) -> dict:
             )
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         gmp = any(name.endswith((".r", ".theta")) for name in tensors)
-        problems += ([] if gmp else _gaps(tensors, _sizes(tensors, True))) + _copied_values(tensors)
-    else:
-        gmp = any(name.endswith((".mlp.c_fc.theta", ".mlp.c_fc.r")) for name in tensors)
+        sizes = _sizes(tensors, _TOKENS, "text_model.embeddings.position_embedding.weight", _LAYER)
+        problems += ([] if gmp else _gaps(tensors, sizes)) + _copied_values(tensors)
     if gmp:
         problems.append("It is in GmP form, which no image program reads; fold it first.")
     return {
-        "architecture": _sizes(tensors, prefix is not None),
+        "architecture": sizes,
         "parameterization": "gmp" if gmp else "linear",
         "problems": problems + not_numbers(tensors),
     }
 
 
-def _sizes(tensors: Mapping[str, Tensor], hf: bool) -> dict[str, int]:
-    token, position, block = (
-        (_MARK, "text_model.embeddings.position_embedding.weight", _LAYER)
-        if hf
-        else ("token_embedding.weight", "positional_embedding", "transformer.resblocks.")
-    )
-    layers = {name[len(block) :].split(".")[0] for name in tensors if name.startswith(block)}
-    sizes = {"text_layers": len(layers)}
-    if token in tensors and tensors[token].ndim == 2:
-        sizes |= {"vocab_size": tensors[token].shape[0], "text_width": tensors[token].shape[1]}
-    if position in tensors and tensors[position].ndim == 2:
-        sizes["context_length"] = tensors[position].shape[0]
+def _sizes(tensors: Mapping[str, Tensor], tokens: str, positions: str, block: str) -> dict[str, int]:
+    sizes = {"text_layers": len({name[len(block) :].split(".")[0] for name in tensors if name.startswith(block)})}
+    if tokens in tensors and tensors[tokens].ndim == 2:
+        sizes |= {"vocab_size": tensors[tokens].shape[0], "text_width": tensors[tokens].shape[1]}
+    if positions in tensors and tensors[positions].ndim == 2:
+        sizes["context_length"] = tensors[positions].shape[0]
     return sizes
 
 
 def _gaps(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> list[str]:
-    """Missing or misshapen tensors, by what a tower of these sizes has."""
+    """Return sentences on missing and misshapen tensors, by what a text tower of these sizes has."""
     if "text_width" not in sizes:
         return ["Its token embeddings are not a table."]
     try:
-        wanted = _wanted(tensors, sizes)
-    except UserError as error:  # sizes that no model has
+        expected = _expected_shapes(tensors, sizes)
+    except UserError as error:  # no model has these sizes
         return [str(error)]
-    missing = [name for name in wanted if name not in tensors]
-    wrong = [name for name, shape in wanted.items() if name in tensors and tuple(tensors[name].shape) != shape]
-    found = []
+    missing = [name for name in expected if name not in tensors]
+    wrong = [name for name, shape in expected.items() if name in tensors and tuple(tensors[name].shape) != shape]
+    problems = []
     if missing:
-        found.append(f"{counted(missing, 'tensor')} missing; the first is {missing[0]}.")
+        problems.append(f"{counted(missing, 'tensor')} missing; the first is {missing[0]}.")
     if wrong:
-        found.append(f"{counted(wrong, 'tensor')} of another shape than this tower's; the first is {wrong[0]}.")
-    return found
+        problems.append(f"{counted(wrong, 'tensor')} of another shape than this tower's; the first is {wrong[0]}.")
+    return problems
 
 
-def _wanted(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Shape]:
-    mlp = tensors.get(f"{_LAYER}0.mlp.fc1.bias")
-    mlp_width = len(mlp) if mlp is not None and mlp.ndim == 1 else 4 * sizes["text_width"]
-    tower = Architecture(
-        **{"context_length": 77, **sizes, "text_layers": max(1, sizes["text_layers"])},
-        text_mlp_width=mlp_width,
+def _expected_shapes(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Shape]:
+    """Return the shapes of a text encoder of these sizes under Hugging Face's names, without the projection."""
+    mlp_bias = tensors.get(f"{_LAYER}0.mlp.fc1.bias")
+    architecture = Architecture(
+        text_width=sizes["text_width"],
+        text_layers=max(1, sizes["text_layers"]),
+        vocab_size=sizes["vocab_size"],
+        context_length=sizes.get("context_length", 77),
+        text_mlp_width=len(mlp_bias) if mlp_bias is not None and mlp_bias.ndim == 1 else 4 * sizes["text_width"],
         text_heads=1,
         activation="quick_gelu",
-        # Only the text tower is looked at.
+        # The smallest vision tower: only the text tower counts.
         embed_dim=1,
         image_size=1,
         patch_size=1,
@@ -115,22 +128,14 @@ def _wanted(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str
         vision_heads=1,
         vision_mlp_width=1,
     )
-    return {name: shape for name, shape in text_shapes(tower).items() if name != "text_projection.weight"}
+    shapes = architecture.shapes()
+    tower = {name: torch.empty(shapes[name], device="meta") for name in shapes if names.is_text_name(name)}
+    return {name: tuple(t.shape) for name, t in names.to_hf(tower).items() if name != "text_projection.weight"}
 
 
 def _copied_values(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The mark of a well-known broken merge, under Hugging Face's names."""
+    """Return a sentence if a text encoder under Hugging Face's names has the mark of the broken merge."""
     values = [name for name in tensors if name.endswith(".self_attn.v_proj.weight")]
-    others = [name.replace("v_proj", "out_proj") for name in values]
-    copied = all(o in tensors and torch.equal(tensors[v], tensors[o]) for v, o in zip(values, others, strict=True))
-    return [f"It {BROKEN_MERGE}"] if values and copied else []
-
-
-def text_shapes(architecture: Architecture) -> Mapping[str, tuple[int, ...]]:
-    """Names and shapes of a text encoder file's tensors for this architecture."""
-    expected = {
-        name: torch.empty(shape, device="meta")
-        for name, shape in architecture.shapes("linear").items()
-        if names.is_text_name(name)
-    }
-    return {name: tuple(tensor.shape) for name, tensor in names.to_hf(expected).items()}
+    copies = [(tensors[name], tensors.get(name.replace("v_proj", "out_proj"))) for name in values]
+    copied = values and all(out is not None and torch.equal(value, out) for value, out in copies)
+    return [f"It {BROKEN_MERGE}"] if copied else []

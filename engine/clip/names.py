@@ -1,19 +1,24 @@
 """The same tensors under OpenAI's names and under Hugging Face's.
 
-OpenAI keeps the three attention projections as one tensor, query, key and value in that order, and both projections as
-[width, embed]; Hugging Face keeps three tensors and the transposes. MLP weights and position tables are the same.
+OpenAI keeps the three attention projections as one tensor (query, key and value, in that order) and both output
+projections as [width, embed]; Hugging Face keeps three tensors and the transposes. MLP weights and position tables are
+the same.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 
+_Value = TypeVar("_Value")
+
+# (OpenAI, Hugging Face) for what stands before a block's number, and for what follows it.
 _TOWERS = (
     ("visual.transformer.resblocks.", "vision_model.encoder.layers."),
     ("transformer.resblocks.", "text_model.encoder.layers."),
@@ -21,11 +26,11 @@ _TOWERS = (
 _IN_BLOCK = (
     ("ln_1.", "layer_norm1."),
     ("ln_2.", "layer_norm2."),
-    ("attn.out_proj.", "self_attn.out_proj."),
+    ("attn.", "self_attn."),
     ("mlp.c_fc.", "mlp.fc1."),
     ("mlp.c_proj.", "mlp.fc2."),
 )
-_OUTSIDE = {
+_OUTSIDE_BLOCKS = {
     "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
     "ln_final.weight": "text_model.final_layer_norm.weight",
@@ -40,9 +45,9 @@ _OUTSIDE = {
     "logit_scale": "logit_scale",
 }
 _TRANSPOSED = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
-_FROM_OUTSIDE = {hf: openai for openai, hf in _OUTSIDE.items()}
-_FROM_TRANSPOSED = {hf: openai for openai, hf in _TRANSPOSED.items()}
-_SPLIT = re.compile(r"^(.*)\.self_attn\.([qkv])_proj\.(weight|bias)$")
+_OPENAI_OUTSIDE_BLOCKS = {hf: openai for openai, hf in _OUTSIDE_BLOCKS.items()}
+_OPENAI_TRANSPOSED = {hf: openai for openai, hf in _TRANSPOSED.items()}
+_THIRD = re.compile(r"^(.*\.(?:self_)?attn)\.([qkv])_proj\.(weight|bias)$")
 
 # What stands before a text encoder's names: before `text_model.` in SDXL and SD1.5 checkpoints, in CLIPs that ComfyUI
 # saved, in SD3 checkpoints, in diffusers' own and in a text encoder's file; before OpenAI's names in SDXL's second text
@@ -61,9 +66,7 @@ TEXT_ENCODER_PREFIXES = (
     "text_encoder_2.",
     "",
 )
-_TOKENS = ("text_model.embeddings.token_embedding.weight", "token_embedding.weight")
-
-
+_TOKEN_EMBEDDINGS = ("text_model.embeddings.token_embedding.weight", "token_embedding.weight")
 # Bookkeeping that some programs store among the weights.
 _NOT_WEIGHTS = (
     "input_resolution",
@@ -74,140 +77,135 @@ _NOT_WEIGHTS = (
     "mask1",
     "mask2",
 )
-# What weights are stored in.
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What training and compiling put before every name.
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "clip_model.", "clip.")
-_SPLIT_OPENAI = re.compile(r"^(.*\.attn)\.([qkv])_proj\.(weight|bias)$")
-
-
-def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without bookkeeping, and without what wrappers of a model leave before its names."""
-    wrapped = True
-    while wrapped:
-        wrapped = next((w for w in _WRAPPERS if tensors and all(name.startswith(w) for name in tensors)), "")
-        if wrapped:
-            tensors = {name.removeprefix(wrapped): tensor for name, tensor in tensors.items()}
-    return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] not in _NOT_WEIGHTS}
-
-
-def to_openai(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """OpenAI's names from Hugging Face's, open_clip's, or OpenAI's with attention in three parts.
-
-    Names that are not a CLIP's stay as they are. Raises KeyError with the name of a missing third of an attention, and
-    `UserError` for thirds or a projection that cannot be one.
-    """
-    tensors = unwrapped(tensors)
-    if any(name.startswith(("text_model.", "vision_model.")) for name in tensors):
-        return from_hf(tensors)
-    if "text.token_embedding.weight" in tensors:
-        tensors = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}
-    linear = "text_projection.weight"  # as a layer, which open_clip has too
-    if "text_projection" not in tensors and linear in tensors:
-        projection = _transposed(linear, tensors[linear])
-        tensors = {name: tensor for name, tensor in tensors.items() if name != linear} | {"text_projection": projection}
-    return _fused(tensors)
-
-
-def _fused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Query, key and value, where they are apart under OpenAI's names, as one tensor in that order."""
-    fused: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        split = _SPLIT_OPENAI.match(name)
-        if split and split[2] == "q":
-            fused[f"{split[1]}.in_proj_{split[3]}"] = _joined(tensors, f"{split[1]}.{{}}_proj.{split[3]}")
-        elif not split:
-            fused[name] = tensor
-    return fused
-
-
-def _joined(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """Query, key and value as one tensor, from a name with a gap for the letter; raises what `to_openai` does."""
-    parts = [tensors[name.format(letter)] for letter in "qkv"]
-    if parts[0].ndim == 0 or any(p.shape != parts[0].shape or p.dtype not in WEIGHT_DTYPES for p in parts):
-        raise UserError(f"the tensors {name.format('q')}, k and v are not three parts of one; get the file anew.")
-    return torch.cat(parts)
-
-
-def text_encoders_in(tensor_names: Iterable[str]) -> dict[str, str]:
-    """The token embeddings of the text encoders in a file, by the prefix before each one's names."""
-    found, there = {}, set(tensor_names)
-    for prefix in TEXT_ENCODER_PREFIXES:
-        for tokens in _TOKENS:
-            if prefix + tokens in there:
-                found.setdefault(prefix, prefix + tokens)
-    return found
 
 
 def is_text_name(name: str) -> bool:
-    """True for the tensors of the text tower (with its projection) under OpenAI's names."""
+    """Return whether an OpenAI name is one of the text tower, its projection included."""
     return not is_vision_name(name) and name != "logit_scale"
 
 
 def is_vision_name(name: str) -> bool:
-    """True for the tensors of the vision tower (with its projection) under OpenAI's names."""
+    """Return whether an OpenAI name is one of the vision tower, its projection included."""
     return name.startswith("visual.")
 
 
+def unwrapped(tensors: Mapping[str, _Value]) -> dict[str, _Value]:
+    """Drop bookkeeping, and the prefixes that wrappers of a model leave before all of its names."""
+    while tensors:
+        wrapper = next((prefix for prefix in _WRAPPERS if all(name.startswith(prefix) for name in tensors)), None)
+        if wrapper is None:
+            break
+        tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] not in _NOT_WEIGHTS}
+
+
+def text_encoders_in(tensor_names: Iterable[str]) -> dict[str, str]:
+    """Return the name of the token embeddings of each text encoder in a file, by the prefix of its names."""
+    names = set(tensor_names)
+    encoders: dict[str, str] = {}
+    for prefix in TEXT_ENCODER_PREFIXES:
+        for tokens in _TOKEN_EMBEDDINGS:
+            if prefix + tokens in names:
+                encoders.setdefault(prefix, prefix + tokens)
+    return encoders
+
+
+def to_openai(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename to OpenAI's names from Hugging Face's, from open_clip's, or from OpenAI's with attention in three parts.
+
+    Other names stay as they are; Hugging Face's `position_ids` are dropped. Raises KeyError with the name of a missing
+    third of an attention, and `UserError` for thirds or a projection that cannot be one.
+    """
+    state = unwrapped(tensors)
+    if any(name.startswith(("text_model.", "vision_model.")) for name in state):
+        return _from_hf(state)
+    if "text.token_embedding.weight" in state:
+        state = {name.removeprefix("text."): tensor for name, tensor in state.items()}
+    layer = "text_projection.weight"  # open_clip can hold the projection as a linear layer, too
+    if "text_projection" not in state and layer in state:
+        state["text_projection"] = _transposed(layer, state.pop(layer))
+    return _fused(state)
+
+
 def to_hf(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """OpenAI names to Hugging Face's, for either tower or both; raises KeyError for a name that is neither's."""
+    """Rename one tower or both from OpenAI's names to Hugging Face's; KeyError for a name that is neither tower's."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if name in _OUTSIDE:
-            renamed[_OUTSIDE[name]] = tensor
+        if name in _OUTSIDE_BLOCKS:
+            renamed[_OUTSIDE_BLOCKS[name]] = tensor
         elif name in _TRANSPOSED:
             renamed[_TRANSPOSED[name]] = tensor.t().contiguous()
         elif name.endswith((".attn.in_proj_weight", ".attn.in_proj_bias")):
-            stem, kind = name.rsplit(".attn.in_proj_", 1)
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[f"{_swap_tower(stem + '.')}self_attn.{letter}_proj.{kind}"] = part.contiguous()
+            attention, kind = _hf_name(name).rsplit(".in_proj_", 1)
+            for letter, third in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[f"{attention}.{letter}_proj.{kind}"] = third.contiguous()
         else:
-            renamed[_swap_tower(name)] = tensor
+            renamed[_hf_name(name)] = tensor
     return renamed
 
 
-def from_hf(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's names to OpenAI's; `position_ids` is dropped, and names that are not a CLIP's stay as they are.
-
-    Raises what `to_openai` does.
-    """
+def _from_hf(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if name.endswith("position_ids"):
-            continue
-        split = _SPLIT.match(name)
-        if split and split[2] != "q":
-            continue
-        if split:
-            joined = _joined(tensors, f"{split[1]}.self_attn.{{}}_proj.{split[3]}")
-            renamed[_swap_tower(split[1] + ".", back=True) + f"attn.in_proj_{split[3]}"] = joined
-        elif name in _FROM_OUTSIDE:
-            renamed[_FROM_OUTSIDE[name]] = tensor
-        elif name in _FROM_TRANSPOSED:
-            renamed[_FROM_TRANSPOSED[name]] = _transposed(name, tensor)
-        else:
-            renamed[_swap_tower(name, back=True)] = tensor
+    for name, tensor in _fused(tensors).items():
+        if name in _OPENAI_OUTSIDE_BLOCKS:
+            renamed[_OPENAI_OUTSIDE_BLOCKS[name]] = tensor
+        elif name in _OPENAI_TRANSPOSED:
+            renamed[_OPENAI_TRANSPOSED[name]] = _transposed(name, tensor)
+        elif not name.endswith("position_ids"):
+            renamed[_openai_name(name)] = tensor
     return renamed
+
+
+def _hf_name(name: str) -> str:
+    """Rename a tensor inside a block; KeyError for any other."""
+    for openai, hf in _TOWERS:
+        if name.startswith(openai):
+            number, _, rest = name.removeprefix(openai).partition(".")
+            return f"{hf}{number}.{_with_prefix_replaced(rest, _IN_BLOCK)}"
+    raise KeyError(name)
+
+
+def _openai_name(name: str) -> str:
+    """Rename a tensor inside a block; any other name comes back as it is."""
+    for openai, hf in _TOWERS:
+        if name.startswith(hf):
+            number, _, rest = name.removeprefix(hf).partition(".")
+            return f"{openai}{number}.{_with_prefix_replaced(rest, [(theirs, ours) for ours, theirs in _IN_BLOCK])}"
+    return name
+
+
+def _with_prefix_replaced(name: str, replacements: Iterable[tuple[str, str]]) -> str:
+    for old, new in replacements:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def _fused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Join query, key and value, where they are apart, to one tensor in that order; raises what `to_openai` does."""
+    fused: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        third = _THIRD.match(name)
+        if third and third[2] == "q":
+            attention, _, kind = third.groups()
+            fused[f"{attention}.in_proj_{kind}"] = _joined([f"{attention}.{q}_proj.{kind}" for q in "qkv"], tensors)
+        elif not third:
+            fused[name] = tensor
+    return fused
+
+
+def _joined(names: list[str], tensors: Mapping[str, Tensor]) -> Tensor:
+    thirds = [tensors[name] for name in names]
+    first = thirds[0]
+    if first.ndim == 0 or any(third.shape != first.shape or third.dtype not in WEIGHT_DTYPES for third in thirds):
+        raise UserError(f"the tensors {names[0]}, k and v are not three parts of one; download the file again.")
+    return torch.cat(thirds)
 
 
 def _transposed(name: str, tensor: Tensor) -> Tensor:
     if tensor.ndim != 2:
-        raise UserError(f"the tensor {name} has the shape {tuple(tensor.shape)}, not a matrix's; get the file anew.")
+        raise UserError(f"the tensor {name} has the shape {tuple(tensor.shape)}, not a matrix's; download it again.")
     return tensor.t().contiguous()
-
-
-def _swap_tower(name: str, back: bool = False) -> str:
-    """Rename the part before and the part after a block's number."""
-    for openai, hf in _TOWERS:
-        old, new = (hf, openai) if back else (openai, hf)
-        if name.startswith(old):
-            number, _, rest = name[len(old) :].partition(".")
-            for openai_part, hf_part in _IN_BLOCK:
-                old_part, new_part = (hf_part, openai_part) if back else (openai_part, hf_part)
-                if rest.startswith(old_part):
-                    rest = new_part + rest[len(old_part) :]
-                    break
-            return f"{new}{number}.{rest}"
-    if back:
-        return name
-    raise KeyError(name)

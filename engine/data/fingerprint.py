@@ -31,34 +31,15 @@ def fingerprint_of(
     With more than 50,000 images, the times of their folders replace those of the files: an image that is overwritten in
     place is not noticed then, one that is added, removed or renamed is.
     """
-    if len(locations.names) > MOST_STATTED:
-        return _by_folder(locations, captions, labels, class_names, originals, repeats)
     digest = hashlib.sha256()
-    for index, (name, texts, label) in enumerate(zip(locations.names, captions, labels, strict=True)):
-        class_name = None if label is None else class_names[label]
-        optional = [column[index] for column in (originals, repeats) if column]
-        digest.update(repr((name, texts, class_name, _size_and_time(locations, index), *optional)).encode())
-    return digest.hexdigest()
-
-
-def _size_and_time(locations: ImageLocations, index: int) -> tuple[int, int] | None:
-    try:
-        stat = stat_of(locations.path(index))
-    except (OSError, ValueError):  # the latter for a name with a null character
-        return None
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _by_folder(
-    locations: ImageLocations,
-    captions: Sequence[tuple[str, ...]],
-    labels: Sequence[int | None],
-    class_names: Sequence[str],
-    originals: Sequence[str],
-    repeats: Sequence[int],
-) -> str:
-    """Hash a column at a time, and the times of the image folders."""
-    digest = hashlib.sha256()
+    if len(locations.names) <= MOST_STATTED:
+        for index, (name, image_captions, label) in enumerate(zip(locations.names, captions, labels, strict=True)):
+            class_name = None if label is None else class_names[label]
+            optional = [column[index] for column in (originals, repeats) if column]
+            digest.update(
+                repr((name, image_captions, class_name, _size_and_time(locations, index), *optional)).encode()
+            )
+        return digest.hexdigest()
 
     def add(texts: Sequence[str]) -> None:
         # Their number and lengths too, because where one text ends and the next begins counts.
@@ -80,6 +61,14 @@ def _by_folder(
     if containers := _containers(locations):
         add(containers)
     return digest.hexdigest()
+
+
+def _size_and_time(locations: ImageLocations, index: int) -> tuple[int, int] | None:
+    try:
+        stat = stat_of(locations.path(index))
+    except (OSError, ValueError):  # the latter for a name with a null character
+        return None
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _containers(locations: ImageLocations) -> list[str]:

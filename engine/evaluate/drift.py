@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..clip import names
 from ..clip.architecture import Architecture
-from ..clip.exports import CLIP_G, CLIP_L, text_sizes
+from ..clip.encoders import CLIP_G, CLIP_L, text_sizes
 from ..clip.full_clip import FullCLIP
 from ..clip.gmp import gmp_to_weight
 from ..errors import UserError

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..clip.full_clip import FullCLIP, load_full_clip
+from ..clip.full_clip import FullCLIP
+from ..clip.load import load_full_clip
 from ..data.dataset import ClipDataset
 from ..data.images.image_cache import ImageCache
 from ..report.attack_charts import share_chart

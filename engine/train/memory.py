@@ -226,9 +226,9 @@ def activations_of(
     text = _transformer(text_length * a.text_width, a.text_layers - frozen[0], itemsize, checkpointed)
     if a.resnet:
         kept = _KEPT_OF_RESNET_CHECKPOINTED if checkpointed else _KEPT_OF_RESNET
-        return Activations(kept * resnet_values(a.vision_width, a.vision_layers, a.grid) * itemsize, 0), text
+        return Activations(kept * resnet_values(a.vision_width, a.stages, a.grid) * itemsize, 0), text
     stream = (a.grid**2 + 1) * a.vision_width
-    vision = _transformer(stream, a.vision_layers - frozen[1], itemsize, checkpointed)
+    vision = _transformer(stream, a.vit.layers - frozen[1], itemsize, checkpointed)
     before = 0 if layers.freeze_embeddings else (stream + 3 * a.image_size**2) * itemsize  # the patches, the image
     return dataclasses.replace(vision, kept=vision.kept + before, forward=vision.forward + 2 * before), text
 

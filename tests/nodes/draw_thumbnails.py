@@ -20,7 +20,7 @@ from test_workflows import YOURS, read, set_widgets, switch_on, training_node, w
 
 from clip_finetune.engine import TrainConfig, load_dataset, save_full_clip, split_dataset, train
 from clip_finetune.engine.cli import demo
-from clip_finetune.engine.clip.exports import text_encoder_state_dict
+from clip_finetune.engine.clip.encoders import text_encoder_state_dict
 from clip_finetune.engine.data.tools.demo_images import draw_demo_classes, draw_demo_dataset
 
 WIDTH = 1120
@@ -39,7 +39,7 @@ SMALL = dataclasses.replace(
 
 def prepare(server: Server) -> None:
     models, pictures = server.base / "models", server.base / "datasets"
-    save_file(text_encoder_state_dict(random_clip(CLIP_L), dtype="fp16")[0], models / "text_encoders/l.safetensors")
+    save_file(text_encoder_state_dict(random_clip(CLIP_L), dtype="fp16"), models / "text_encoders/l.safetensors")
     write_clip_g(models / "text_encoders/g.safetensors")
     plain = draw_demo_dataset(server.base / "pretraining", count=720, seed=0, style="plain", split="train")
     draw_demo_dataset(pictures / "my_pictures", count=240, seed=0, style="shifted", split="train")

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from clip_finetune.engine import load_full_clip, save_full_clip
-from clip_finetune.engine.clip.exports import text_encoder_state_dict
+from clip_finetune.engine.clip.encoders import text_encoder_state_dict
 
 pytestmark = pytest.mark.comfyui
 
@@ -50,7 +50,7 @@ def files(comfyui):
     save_full_clip(random_clip(CLIP_L), models / "full_clip/clip_l.safetensors")
     save_full_clip(random_clip(CLIP_L, seed=1), models / "full_clip/clip_l_trained.safetensors")
     save_file(
-        text_encoder_state_dict(random_clip(CLIP_L, seed=7), dtype="fp16")[0], models / "text_encoders/l.safetensors"
+        text_encoder_state_dict(random_clip(CLIP_L, seed=7), dtype="fp16"), models / "text_encoders/l.safetensors"
     )
     write_clip_g(models / "text_encoders/g.safetensors")
     labels_folder(comfyui.base / "datasets/my_pictures", 20)

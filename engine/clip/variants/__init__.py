@@ -1,1 +1,1 @@
-"""Architectures beside the plain ViT: ResNet vision towers and Long-CLIP position tables."""
+"""Architectures beside the plain ViT with 77 tokens: ResNet vision towers and Long-CLIP position tables."""

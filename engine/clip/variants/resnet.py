@@ -1,60 +1,67 @@
-"""The tensors of OpenAI's ResNet vision towers (RN50 and the like): a stem of three convolutions, four stages of
-bottleneck blocks, and one query of attention over the last feature map in place of an average."""
+"""OpenAI's ResNet vision towers (RN50 and the like): sizes and tensor shapes.
+
+A tower is a stem of three convolutions, four stages of bottleneck blocks, and one attention query over the last feature
+map in place of an average.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 Shape = tuple[int, ...]
 
-# From the picture to the last feature map each side shrinks by this: twice in the stem, once in each later stage.
+# Image side divided by the side of the last feature map: halved twice in the stem and once in each later stage.
 DOWNSCALING = 32
 STAGES = 4
-# A block's output, and the features that are pooled, in units of its narrow width and of the tower's.
+# Channels of a block's output in units of its narrow width; channels of the last feature map in units of the tower's.
 _EXPANSION, _FEATURES = 4, 32
 _BLOCK = re.compile(r"^visual\.layer([1-4])\.(\d+)\.")
 
 
-def is_resnet(names) -> bool:
-    """Whether tensors of these (OpenAI) names belong to a CLIP whose vision tower is a ResNet."""
+def is_resnet(names: Container[str]) -> bool:
+    """Return whether tensors of these OpenAI names belong to a CLIP whose vision tower is a ResNet."""
     return "visual.layer1.0.conv1.weight" in names or "visual.attnpool.positional_embedding" in names
 
 
 def feature_width(vision_width: int) -> int:
-    """Channels of the last feature map, which the heads of the attention pooling share."""
+    """Return the channels of the last feature map, which the heads of the attention pooling share."""
     return _FEATURES * vision_width
 
 
 def resnet_sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """The vision part of an `Architecture`, as OpenAI's code reads it from the shapes; heads are 64 channels wide.
+    """Return the vision fields of an `Architecture`, as OpenAI's code reads them from the shapes, 64 channels a head.
 
-    Raises KeyError with the name of a missing tensor, and ValueError or IndexError for one that is misshapen.
+    Raises KeyError with the name of a missing tensor, and ValueError or IndexError for a misshapen one.
     """
     vision_width, _, _, _ = shapes["visual.layer1.0.conv1.weight"]
     cells = shapes["visual.attnpool.positional_embedding"][0] - 1
+    return {
+        "image_size": round(max(0, cells) ** 0.5) * DOWNSCALING,
+        "patch_size": None,
+        "vision_width": vision_width,
+        "vision_layers": _blocks_by_stage(shapes),
+        "vision_heads": feature_width(vision_width) // 64,
+        "vision_mlp_width": None,
+    }
+
+
+def _blocks_by_stage(names: Iterable[str]) -> tuple[int, ...]:
     blocks: list[set[str]] = [set() for _ in range(STAGES)]
-    for name in shapes:
+    for name in names:
         if match := _BLOCK.match(name):
             blocks[int(match[1]) - 1].add(match[2])
-    for stage, found in enumerate(blocks, start=1):
-        if not found:
+    for stage, numbers in enumerate(blocks, start=1):
+        if not numbers:
             raise KeyError(f"visual.layer{stage}.0.conv1.weight")
-    return dict(
-        image_size=round(max(0, cells) ** 0.5) * DOWNSCALING,
-        patch_size=None,
-        vision_width=vision_width,
-        vision_layers=tuple(map(len, blocks)),
-        vision_heads=feature_width(vision_width) // 64,
-        vision_mlp_width=None,
-    )
+    return tuple(map(len, blocks))
 
 
 def resnet_shapes(width: int, layers: tuple[int, ...], grid: int, embed_dim: int) -> dict[str, Shape]:
-    """Every tensor of the tower under its OpenAI name, with its shape; `grid` is the side of the last feature map.
+    """Return the shape of every tensor of the tower by its OpenAI name; `grid` is the side of the last feature map.
 
-    BatchNorm's counters (`num_batches_tracked`) are not among them: nothing reads them.
+    BatchNorm's counters (`num_batches_tracked`) are left out: nothing reads them.
     """
     features = feature_width(width)
     shapes = {
@@ -76,14 +83,14 @@ def resnet_shapes(width: int, layers: tuple[int, ...], grid: int, embed_dim: int
 
 
 def resnet_values(width: int, layers: tuple[int, ...], grid: int) -> int:
-    """How many values the stem and all blocks give out for one picture."""
+    """Return how many values the outputs of the stem and of all blocks hold for one image."""
     side = grid * 2 ** (STAGES - 1)  # of the first stage; each later one has half the side and twice the channels
     blocks = sum(count * _EXPANSION * width * 2**stage * (side // 2**stage) ** 2 for stage, count in enumerate(layers))
     return width * (2 * side) ** 2 + blocks
 
 
 def _block(block: str, channels: int, narrow: int, *, first: bool) -> dict[str, Shape]:
-    """A bottleneck from `channels` to 4 · `narrow`; a stage's first brings the sum's other side to that width too."""
+    """A bottleneck from `channels` to 4 · `narrow`; in a stage's first block a convolution widens the shortcut too."""
     wide = _EXPANSION * narrow
     return {
         **_convolution(block, "conv1", "bn1", narrow, channels, 1),

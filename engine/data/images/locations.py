@@ -4,6 +4,7 @@ folders, and never outside of them."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -62,22 +63,12 @@ class ImageLocations:
 
     def missing(self) -> list[int]:
         """Indices of images that are not there. Lists folders, once each, instead of asking for a million files."""
-        listings: dict[str, frozenset[str]] = {}
+        listing = functools.cache(files_in)
         files_by_folder: dict[tuple[str, str], frozenset[str]] = {}  # of all folders that a name may lead to
-
-        def listing(folder: str) -> frozenset[str]:
-            if folder not in listings:
-                listings[folder] = files_in(folder)
-            return listings[folder]
-
-        def is_there(index: int) -> bool:
-            candidates = (path.rpartition(os.sep) for path in self.candidates(index))
-            return any(file_of(file) in listing(folder) for folder, _, file in candidates)
-
         missing = []
         for index, (origin, folder, file) in enumerate(self.split_names()):
             if file is None:
-                if not is_there(index):
+                if not any(os.path.isfile(file_of(path)) for path in self.candidates(index)):
                     missing.append(index)
                 continue
             files = files_by_folder.get((origin, folder))

@@ -16,12 +16,12 @@ from ..images.image_files import file_of
 from ..originals import NAME as ORIGINALS
 from ..originals import read_originals
 from .coco import COCO_LISTS
-from .columns import Columns
+from .columns import ChosenColumns, Columns
 from .json_stream import json_members
 from .parquet import parquet_notes
 from .parsed import FileCaptions, ParsedCaptions, Source, caption_lines
 from .records import choose_columns
-from .registry import CAPTION_FORMATS, FORMAT_NAMES, CaptionFormat, Clue
+from .registry import CAPTION_FORMATS, FORMAT_NAMES, CaptionFormat
 
 _WAYS_TO_CAPTION = (
     'a .txt file beside each image, a labels JSON such as {"image.jpg": ["a caption"]}, a CSV that begins with the '
@@ -29,7 +29,8 @@ _WAYS_TO_CAPTION = (
 )
 # Tables although their names say otherwise: Flickr8k's captions are often found so.
 _TEXT_TABLES = ("captions.txt",)
-_SUFFIXES = frozenset(suffix for known in CAPTION_FORMATS if known.read_file for suffix in known.suffixes)
+_FILE_FORMATS = [(known, known.files) for known in CAPTION_FORMATS if known.files]
+_SUFFIXES = frozenset(suffix for _, files in _FILE_FORMATS for suffix in files.suffixes)
 _MOST_SNIFFED = 20  # a JSON that begins with this many unknown members is no caption file, and not read to its end
 _NAMES_TRIED = 8  # when looking for the folder that a file's names start from
 _MOST_FOLDERS = 10_000  # that are tried
@@ -50,15 +51,16 @@ def read_captions(path: Path, format_name: str = "auto", columns: Columns | None
         return dataclasses.replace(parsed, originals=read_originals(filter(os.path.isfile, lists)))
     if not os.path.isdir(path):
         raise UserError(f"{path} does not exist; give a folder of images with captions, or a labels JSON.")
-    files = _CaptionFiles(Source(Tree.of(path), columns or Columns()))
+    reader = _Reader(Source(Tree.of(path), columns or Columns()))
     refusals: dict[str, str] = {}
     for known in CAPTION_FORMATS:
-        if (known.has_columns or columns is None) if format_name == "auto" else known.name == format_name:
-            result = files.read(known)
+        has_columns = known.files is not None and known.files.sniff_columns is not None
+        if (columns is None or has_columns) if format_name == "auto" else known.name == format_name:
+            result = reader.read(known)
             if isinstance(result, ParsedCaptions):
-                return _finished(result, files, known if format_name == "auto" else None)
+                return reader.finished(result, known if format_name == "auto" else None)
             refusals[known.name] = result
-    raise UserError(_nothing_read(files.source.tree, refusals))
+    raise UserError(_nothing_read(reader.source.tree, refusals))
 
 
 def holds_captions(file: str | os.PathLike) -> bool:
@@ -72,30 +74,18 @@ def holds_captions(file: str | os.PathLike) -> bool:
 
 def _read_single(file: Path, format_name: str, columns: Columns) -> ParsedCaptions:
     source = Source(Tree(file.parent, (("", (file.name,)),)), columns, single=True)
-    files = _CaptionFiles(source)
-    known, what = files.recognise(file.name) if file.name in files.names(_SUFFIXES) else (None, "is no caption file")
-    captions: FileCaptions | str
-    if known is None or known.read_file is None:
-        captions = f"{what}, not captions by image"
+    reader = _Reader(source)
+    known, what = reader.recognise(file.name) if file.name in reader.names(_SUFFIXES) else (None, "is no caption file")
+    contents: FileCaptions | str
+    if known is None or known.files is None:
+        contents = f"{what}, not captions by image"
     elif format_name not in ("auto", known.name):
-        captions = f"holds {known.holds}, which is {known.name} and not {format_name}"
+        contents = f"holds {known.holds}, which is {known.name} and not {format_name}"
     else:
-        captions = known.read_file(file, source)
-    if known is None or isinstance(captions, str):
-        raise UserError(f"{file} {captions}; give {_WAYS_TO_CAPTION}.")
-    return _merged(known, f"{file.name} was chosen", {file: captions}, source)
-
-
-def _finished(parsed: ParsedCaptions, files: _CaptionFiles, recognised: CaptionFormat | None) -> ParsedCaptions:
-    """Add the originals of copies, and notes on what was not read; `recognised` is the format if no one chose it."""
-    tree, notes = files.source.tree, list(parsed.notes)
-    if tree.closed:
-        shown = ", ".join(tree.closed[:3])
-        notes.append(f"{len(tree.closed)} folders in it may not be read and are left out: {shown}.")
-    if recognised:
-        notes += files.unread(recognised)
-    lists = [tree.top / folder / ORIGINALS for folder in tree.folders_with(ORIGINALS)]
-    return dataclasses.replace(parsed, notes=notes, originals=read_originals(lists))
+        contents = known.files.read(file, source)
+    if known is None or isinstance(contents, str):
+        raise UserError(f"{file} {contents}; give {_WAYS_TO_CAPTION}.")
+    return _merged(known, f"{file.name} was chosen", {file: contents}, source)
 
 
 def _nothing_read(tree: Tree, refusals: dict[str, str]) -> str:
@@ -110,15 +100,15 @@ def _nothing_read(tree: Tree, refusals: dict[str, str]) -> str:
     return f"{tree.top} holds {len(tree.pictures)} images but no captions for them{shown}: give {_WAYS_TO_CAPTION}."
 
 
-class _CaptionFiles:
-    """The files of a source that may hold the captions of many images, each recognised once."""
+class _Reader:
+    """Reads one format after another from a source, and recognises each of its caption files once."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self._recognised: dict[str, tuple[CaptionFormat | None, str]] = {}
 
     def names(self, suffixes: Sequence[str] | frozenset[str]) -> Iterator[str]:
-        """Paths, from the top of the tree, of the files with these suffixes."""
+        """Paths, from the top of the tree, of files with these suffixes that may hold the captions of many images."""
         tree = self.source.tree
         for folder, name in tree.files(suffixes):
             lower = name.lower()
@@ -135,72 +125,61 @@ class _CaptionFiles:
 
     def read(self, known: CaptionFormat) -> ParsedCaptions | str:
         """Read all captions of one format, or return why there are none. Raises `UserError` for damaged files."""
-        parsed = self._read_files(known) if known.read_file else ""
-        if isinstance(parsed, str) and known.read_folder:
-            return known.read_folder(self.source.tree) or parsed
-        return parsed
-
-    def _read_files(self, known: CaptionFormat) -> ParsedCaptions | str:
-        assert known.read_file is not None
         shown, refusals, captions = [], [], {}
-        for name in self.names(known.suffixes):
+        for name in self.names(known.files.suffixes) if known.files else ():
             recognised, what = self.recognise(name)
-            if recognised is known:
-                contents = known.read_file(self.source.tree.top / name, self.source)
-                if isinstance(contents, str):
-                    recognised, what = self._recognised[name] = None, contents
-                else:
+            if recognised is known and known.files:
+                contents = known.files.read(self.source.tree.top / name, self.source)
+                if isinstance(contents, FileCaptions):
                     shown.append(f"{name} (columns {what})" if what else name)
                     captions[self.source.tree.top / name] = contents
+                    continue
+                recognised, what = self._recognised[name] = None, contents
             if recognised is None:
                 refusals.append(f"{name} {what}")
-        if not captions:
-            return refusals[0] if refusals else ""
-        more = f" and {len(shown) - 1} more hold" if len(shown) > 1 else " holds"
-        return _merged(known, f"{shown[0]}{more} {known.holds}", captions, self.source)
+        if captions:
+            more = f" and {len(shown) - 1} more hold" if len(shown) > 1 else " holds"
+            return _merged(known, f"{shown[0]}{more} {known.holds}", captions, self.source)
+        return (known.read_folder(self.source.tree) if known.read_folder else "") or (refusals[0] if refusals else "")
 
-    def unread(self, read: CaptionFormat) -> list[str]:
-        """Notes on the caption files of other formats than the one that was read."""
-        notes = []
-        for name in self.names(_SUFFIXES):
+    def finished(self, parsed: ParsedCaptions, recognised: CaptionFormat | None) -> ParsedCaptions:
+        """Add the originals of copies, and notes on what was not read. `recognised` is None if the user chose it."""
+        tree, notes = self.source.tree, list(parsed.notes)
+        if tree.closed:
+            shown = ", ".join(tree.closed[:3])
+            notes.append(f"{len(tree.closed)} folders in it may not be read and are left out: {shown}.")
+        for name in self.names(_SUFFIXES) if recognised else ():
             with contextlib.suppress(UserError):  # a damaged file is not read either
-                known, _ = self.recognise(name)
-                if known not in (None, read):
-                    notes.append(
-                        f"{name} is not read, because {read.name} goes first; for it, choose captions: {known.name}."
-                    )
-        return notes
-
-
-# ---- recognising a file ----------------------------------------------------------------------------------------------
+                other = self.recognise(name)[0]
+                if other and other is not recognised:
+                    choice = f"for it, choose captions: {other.name}"
+                    notes.append(f"{name} is not read, because {parsed.format} goes first; {choice}.")
+        lists = [tree.top / folder / ORIGINALS for folder in tree.folders_with(ORIGINALS)]
+        return dataclasses.replace(parsed, notes=notes, originals=read_originals(lists))
 
 
 def _recognise(file: Path, columns: Columns) -> tuple[CaptionFormat | None, str]:
-    if file.suffix.lower() == ".json":
-        return _recognise_json(file, columns)
-    chosen = choose_columns(file, columns)
-    if isinstance(chosen, str):
-        return None, chosen
-    return _matching(Clue(file, columns=chosen)), chosen.caption_columns
-
-
-def _recognise_json(file: Path, columns: Columns) -> tuple[CaptionFormat | None, str]:
-    names = []
+    if file.suffix.lower() != ".json":
+        chosen = choose_columns(file, columns)
+        return (None, chosen) if isinstance(chosen, str) else (_with_columns(file, chosen), chosen.caption_columns)
+    keys = []
     for name, value in itertools.islice(json_members(file, COCO_LISTS), _MOST_SNIFFED):
         if name is None:
-            chosen = columns.choose(list(value)) if isinstance(value, Mapping) else None
-            known = _matching(Clue(file, columns=chosen))
+            record = columns.choose(list(value)) if isinstance(value, Mapping) else None
+            known = _with_columns(file, record) if record else None
             return known, "" if known else "is JSON, but no records with an image's name and captions"
-        if known := _matching(Clue(file, member=(name, value))):
-            return known, ""
-        names.append(name)
-    keys = f"the keys {', '.join(name[:40] for name in names[:4])}" if names else "nothing"
-    return None, f"is a JSON object with {keys} in it"
+        for known, files in _FILE_FORMATS:
+            if files.sniff_member and files.sniff_member(name, value):
+                return known, ""
+        keys.append(name[:40])
+    return None, f"is a JSON object with {'the keys ' + ', '.join(keys[:4]) if keys else 'nothing'} in it"
 
 
-def _matching(clue: Clue) -> CaptionFormat | None:
-    suffix = clue.file.suffix.lower()
-    return next((known for known in CAPTION_FORMATS if suffix in known.suffixes and known.recognises(clue)), None)
+def _with_columns(file: Path, columns: ChosenColumns) -> CaptionFormat | None:
+    for known, files in _FILE_FORMATS:
+        if file.suffix.lower() in files.suffixes and files.sniff_columns and files.sniff_columns(file, columns):
+            return known
+    return None
 
 
 # ---- from files to one entry per image -------------------------------------------------------------------------------
@@ -218,19 +197,25 @@ def _merged(known: CaptionFormat, reason: str, captions: Mapping[Path, FileCapti
         for name, lines in contents.by_image.items() if merged is not contents.by_image else ():
             both = name in merged and not are_classes
             merged[name] = caption_lines(f"{merged[name]}\n{lines}".split("\n")) if both else merged.get(name, lines)
-    entries: list[tuple[str, list[tuple[str, str]]]] = []
+    names: list[str] = []
+    texts: list[str] = []
+    origins: list[str] = []
     for origin, by_image in by_origin.items():
-        values = [(name, label) for name, labels in by_image.items() for label in labels.split("\n")]
-        entries.append((origin, values if are_classes else list(by_image.items())))
-    names = [name for _, values in entries for name, _ in values]
-    texts = [text for _, values in entries for _, text in values]
+        if are_classes:
+            pairs = [(name, label) for name, labels in by_image.items() for label in labels.split("\n")]
+            names += [name for name, _ in pairs]
+            texts += [label for _, label in pairs]
+        else:
+            names += by_image
+            texts += by_image.values()
+        origins += [origin] * (len(names) - len(origins))
     disputed = sum(contents.disputed for contents in captions.values())
     tables = [file for file in captions if file.suffix.lower() == ".parquet"]
     return ParsedCaptions(
         format=known.name,
         reason=reason,
         names=names,
-        origins=[origin for origin, values in entries for _ in values],
+        origins=origins,
         captions=[""] * len(names) if are_classes else texts,
         classes=texts if are_classes else None,
         notes=[*([_DISPUTED.format(disputed)] if disputed else []), *parquet_notes(tables, source.columns)],
@@ -247,29 +232,21 @@ def _find_origin(known: CaptionFormat, source: Source, file: Path, captions: Fil
     step = len(captions.by_image) // _NAMES_TRIED or 1
     names = [name.replace("\\", "/") for name in itertools.islice(captions.by_image, 0, None, step)]
     names = [name for name in names if not os.path.isabs(name) and ".." not in name.split("/")]
+
+    def images_in(folder: str) -> int:
+        return sum(os.path.isfile(os.path.join(folder, file_of(name))) for name in names)
+
     parent = os.path.dirname(own) if source.single or own != top else own
-    usual = (own, os.path.join(own, "images"), os.path.join(parent, "images"), top)
-    if not names or any(_exists(folder, name) for folder in usual for name in names):
+    if any(map(images_in, (own, os.path.join(own, "images"), os.path.join(parent, "images"), top))):
         return own
-    candidates = [*captions.image_folders]
-    candidates += _subfolders(file.parent) if source.single else _folders_with(source.tree, names)
-    counts = {
-        folder: sum(_exists(folder, name) for name in names)
-        for folder in itertools.islice(dict.fromkeys(candidates), _MOST_FOLDERS)
-    }
-    origin = max(counts, key=counts.__getitem__, default=own)
-    if not counts.get(origin):
-        return own
+    candidates = _subfolders(file.parent) if source.single else _folders_with(source.tree, names)
+    origin = max([own, *captions.image_folders, *candidates][:_MOST_FOLDERS], key=images_in)
     if not source.single and os.path.relpath(origin, top).startswith(os.pardir):
         raise UserError(
             f"{top} holds {known.holds} of the images in {origin}; choose the folder that both are in, or that of the "
             "images."
         )
     return origin
-
-
-def _exists(folder: str, name: str) -> bool:
-    return os.path.isfile(os.path.join(folder, file_of(name)))
 
 
 def _folders_with(tree: Tree, names: Sequence[str]) -> list[str]:

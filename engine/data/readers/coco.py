@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ...errors import UserError, shown
 from ..images.folder_tree import Tree
 from .json_stream import json_members, json_object
 from .parsed import CaptionCollector, FileCaptions, ParsedCaptions, Source
+
+T = TypeVar("T")
 
 COCO_LISTS = frozenset(("images", "annotations"))
 
@@ -23,35 +25,26 @@ def is_coco_member(name: str, value: Any) -> bool:
 
 def read_coco(file: Path, source: Source) -> FileCaptions | str:
     """Read the captions; for other annotations, return what they are. Raises `UserError`."""
-    names: dict[int | str, str] = {}
-    captions: dict[int | str, list[str]] = {}
+    names: dict[object, str] = {}
+    captions: dict[object, list[str]] = {}
     for name, value in json_members(file, COCO_LISTS):
         if name == "images":
-            names[_id(file, value, "id")] = _text(file, value, "file_name")
+            names[_field(file, value, "id", int, str)] = _field(file, value, "file_name", str)
         elif name == "annotations":
             if "caption" not in value:
                 return "holds COCO annotations of another kind than captions"
-            captions.setdefault(_id(file, value, "image_id"), []).append(_text(file, value, "caption"))
+            image_id = _field(file, value, "image_id", int, str)
+            captions.setdefault(image_id, []).append(_field(file, value, "caption", str))
     collector = CaptionCollector()
-    for number, name in names.items():
-        collector.add(name, captions.get(number, [""]))
+    for id, name in names.items():
+        collector.add(name, captions.get(id, [""]))
     return FileCaptions(by_image=collector.by_image(), image_folders=_image_folders(file))
 
 
-def _id(file: Path, value: Any, field: str) -> int | str:
-    if isinstance(value, Mapping) and isinstance(value.get(field), (int, str)):
-        return value[field]
-    raise _missing_field(file, value, field)
-
-
-def _text(file: Path, value: Any, field: str) -> str:
-    if isinstance(value, Mapping) and isinstance(value.get(field), str):
-        return value[field]
-    raise _missing_field(file, value, field)
-
-
-def _missing_field(file: Path, value: Any, field: str) -> UserError:
-    return UserError(f"{file}: there is no {field} in {shown(value)}; mend it, or move the file elsewhere.")
+def _field(file: Path, value: Any, name: str, *kinds: type[T]) -> T:
+    if isinstance(value, Mapping) and isinstance(value.get(name), kinds):
+        return value[name]
+    raise UserError(f"{file}: there is no {name} in {shown(value)}; mend it, or move the file elsewhere.")
 
 
 def _image_folders(file: Path) -> tuple[str, ...]:

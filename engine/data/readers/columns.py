@@ -4,22 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-_IMAGE_COLUMNS = (
-    "image",
-    "filename",
-    "file_name",
-    "image_path",
-    "filepath",
-    "path",
-    "file",
-    "image_name",
-    "image_file",
-    "img",
-    "img_path",
-)
+_IMAGE_COLUMNS = "image filename file_name image_path filepath path file image_name image_file img img_path".split()
 # caption, text_2, long caption, original_caption; but not caption_id or text_length.
 _CAPTION_FIELD = re.compile(
     r"(?:.*[_ -])?(?:captions?|texts?|descriptions?|comments?|sentences?|tags|long|short)(?:[_ -]?\d+)?"
@@ -40,20 +28,16 @@ def captions_in(value: Any) -> list[str] | None:
     every line is a caption. None if it is none of these."""
     if isinstance(value, str):
         return [value]
-    if isinstance(value, list):
-        if len(value) == 1 and isinstance(value[0], str):  # by far the most common case, a million times over
-            return value
-        return _concatenated(map(captions_in, value))
     if isinstance(value, Mapping):
-        fields = [captions_in(inner) for name, inner in value.items() if inner is not None and is_caption_field(name)]
-        return [line for text in _concatenated(fields) or [] for line in text.splitlines()] if fields else None
-    return None
-
-
-def _concatenated(lists: Iterable[list[str] | None]) -> list[str] | None:
+        fields = [inner for name, inner in value.items() if inner is not None and is_caption_field(name)]
+        return [line for text in captions_in(fields) or [] for line in text.splitlines()] if fields else None
+    if not isinstance(value, list):
+        return None
+    if len(value) == 1 and isinstance(value[0], str):  # by far the most common case, a million times over
+        return value
     captions: list[str] = []
-    for texts in lists:
-        if texts is None:
+    for inner in value:
+        if (texts := captions_in(inner)) is None:
             return None
         captions += texts
     return captions

@@ -11,7 +11,7 @@ from ..images.folder_tree import Tree, is_image
 from .coco import COCO_LISTS
 from .columns import captions_in
 from .json_stream import json_object
-from .labels_json import read_by_name
+from .labels_json import read_labels_json
 from .parsed import FileCaptions, Source
 
 _FIELDS = {"caption", "tags"}
@@ -25,7 +25,7 @@ def is_kohya_member(name: str, value: Any) -> bool:
 
 def read_kohya(file: Path, source: Source) -> FileCaptions:
     """Read the captions, and find the images that are named without extension or by a path of another machine."""
-    by_image = read_by_name(file)
+    by_image = read_labels_json(file, source).by_image
     if not all(is_image(name) and not os.path.isabs(name) for name in by_image):
         tree = Tree.of(file.parent) if source.single else source.tree
         by_image = {_relative_name(name, tree, file): lines for name, lines in by_image.items()}

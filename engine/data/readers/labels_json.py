@@ -17,8 +17,8 @@ def is_labels_member(name: str, value: Any) -> bool:
     return isinstance(value, (str, list)) and is_image(name)
 
 
-def read_by_name(file: Path) -> dict[str, str]:
-    """Return caption lines by image name.
+def read_labels_json(file: Path, source: Source) -> FileCaptions:
+    """Read captions by image name.
 
     A value may be one text, a list of lists, or an object such as {"caption": …, "tags": …}. A name that comes twice
     has the captions of both. Raises `UserError` for captions that are none of these.
@@ -29,11 +29,7 @@ def read_by_name(file: Path) -> dict[str, str]:
         if name is None or captions is None:
             raise UserError(f'{file}: the captions of {name} are not a list of texts; write ["caption", …].')
         collector.add(name, captions)
-    return collector.by_image()
-
-
-def read_labels_json(file: Path, source: Source) -> FileCaptions:
-    return FileCaptions(by_image=read_by_name(file))
+    return FileCaptions(by_image=collector.by_image())
 
 
 def write_labels_json(samples: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:

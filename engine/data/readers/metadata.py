@@ -14,6 +14,13 @@ from .columns import ChosenColumns, Columns
 from .json_stream import json_members
 
 
+def is_metadata(file: Path, columns: ChosenColumns) -> bool:
+    if columns.content == "classes":
+        return False
+    is_table = file.suffix.lower() not in (".json", ".jsonl")
+    return not is_table or (columns.content == "captions" and file.stem.lower() == "metadata")
+
+
 def choose_columns(file: Path, columns: Columns) -> ChosenColumns | str:
     """Return the fields to read, from the first record; if there are none, what the file is."""
     first = next(_records(file), None)

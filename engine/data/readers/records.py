@@ -3,41 +3,26 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ...errors import UserError, shown
 from . import metadata, parquet, tables
 from .columns import ChosenColumns, Columns, captions_in
 from .parsed import CaptionCollector, FileCaptions, Source
 
-
-class _Container(NamedTuple):
-    """How rows are read from a kind of file. `choose` returns the columns, or what the file is if it has none."""
-
-    choose: Callable[[Path, Columns], ChosenColumns | str]
-    rows: Callable[[Path, Columns], Iterator[tuple[str, list[Any]]]]
-
-
-_TABLE = _Container(tables.choose_columns, tables.read_rows)
-_CONTAINERS = {
-    ".csv": _TABLE,
-    ".tsv": _TABLE,
-    ".txt": _TABLE,
-    ".jsonl": _Container(metadata.choose_columns, metadata.read_rows),
-    ".json": _Container(metadata.choose_columns, metadata.read_rows),
-    ".parquet": _Container(parquet.choose_columns, parquet.read_rows),
-}
+# Each has `choose_columns`, which returns the columns or what the file is if it has none, and `read_rows`.
+_CONTAINERS = {".json": metadata, ".jsonl": metadata, ".parquet": parquet}
 
 
 def choose_columns(file: Path, columns: Columns) -> ChosenColumns | str:
     """Return the columns to read; if there are none, briefly what the file is. Raises `UserError`."""
-    return _CONTAINERS[file.suffix.lower()].choose(file, columns)
+    return _CONTAINERS.get(file.suffix.lower(), tables).choose_columns(file, columns)
 
 
 def _rows(file: Path, source: Source) -> Iterator[tuple[str, list[Any]]]:
-    return _CONTAINERS[file.suffix.lower()].rows(file, source.columns)
+    return _CONTAINERS.get(file.suffix.lower(), tables).read_rows(file, source.columns)
 
 
 def read_caption_rows(file: Path, source: Source) -> FileCaptions:
@@ -64,35 +49,17 @@ def read_prompt_rows(file: Path, source: Source) -> FileCaptions:
 def read_class_rows(file: Path, source: Source) -> FileCaptions:
     """Read the class of every row. An image whose rows disagree gets the most frequent class, or a line for each of the
     equally frequent. Raises `UserError`."""
-    votes = _count_votes((name, values[0] if values else "") for name, values in _rows(file, source))
-    return FileCaptions(
-        by_image={name: vote if isinstance(vote, str) else _most_frequent(vote) for name, vote in votes.items()},
-        are_classes=True,
-        disputed=sum(not isinstance(vote, str) and len(vote) > 1 for vote in votes.values()),
-    )
-
-
-def _count_votes(rows: Iterable[tuple[str, str]]) -> dict[str, str | collections.Counter[str]]:
-    """The class of each image, or counts of several. Only images whose rows disagree have a counter: they are few."""
-    votes: dict[str, str | collections.Counter[str]] = {}
-    agreeing: collections.Counter[str] = collections.Counter()  # further rows that say the same as the first
-    for name, value in rows:
-        label = " ".join(value.replace("_", " ").split())
-        if name not in votes:
-            votes[name] = label
-            continue
-        before = votes[name]
-        if not label:
-            continue
-        if before == label:
-            agreeing[name] += 1
-            continue
-        if isinstance(before, str):
-            before = votes[name] = collections.Counter({before: 1 + agreeing.pop(name, 0)} if before else {})
-        before[label] += 1
-    return votes
-
-
-def _most_frequent(votes: collections.Counter[str]) -> str:
-    most = max(votes.values())
-    return "\n".join(sorted(label for label, count in votes.items() if count == most))
+    classes: dict[str, str] = {}
+    votes: dict[str, collections.Counter[str]] = {}  # of the images with several rows
+    for name, values in _rows(file, source):
+        label = " ".join(values[0].replace("_", " ").split()) if values else ""
+        if name not in classes:
+            classes[name] = label
+        elif label:
+            counter = votes.setdefault(name, collections.Counter([classes[name]] if classes[name] else []))
+            counter[label] += 1
+    for name, counter in votes.items():
+        most = max(counter.values())
+        classes[name] = "\n".join(sorted(label for label, count in counter.items() if count == most))
+    disputed = sum(len(counter) > 1 for counter in votes.values())
+    return FileCaptions(by_image=classes, are_classes=True, disputed=disputed)

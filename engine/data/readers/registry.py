@@ -16,153 +16,113 @@ from .coco import is_coco_member, read_coco, read_coco_beside, write_coco
 from .columns import ChosenColumns
 from .kohya import is_kohya_member, read_kohya, write_kohya
 from .labels_json import is_labels_member, read_labels_json, write_labels_json
-from .metadata import write_metadata
+from .metadata import is_metadata, write_metadata
 from .parsed import FileCaptions, ParsedCaptions, Source
 from .records import read_caption_rows, read_class_rows, read_prompt_rows
-from .sidecars import TEXT_SUFFIXES, read_sidecars, write_sidecar
+from .sidecars import read_sidecars, write_sidecar
 from .tables import write_csv
-
-_TABLES = (".csv", ".tsv", ".txt")  # .txt only under the names in caption_files.py
 
 
 @dataclasses.dataclass(frozen=True)
-class Clue:
-    """What the beginning of a file shows: the columns of a table or of records, or one member of a JSON object."""
+class CaptionFiles:
+    """A format of files with the captions of many images.
 
-    file: Path
-    columns: ChosenColumns | None = None
-    member: tuple[str, Any] | None = None
+    A file with one of the `suffixes` is recognised by the columns of its table or records (`sniff_columns`), or by a
+    member of its JSON object (`sniff_member`). `read` returns its contents, or briefly why there are no captions.
+    """
+
+    suffixes: tuple[str, ...]
+    read: Callable[[Path, Source], FileCaptions | str]
+    sniff_member: Callable[[str, Any], bool] | None = None
+    sniff_columns: Callable[[Path, ChosenColumns], bool] | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
+class CaptionWriter:
+    """`write` yields the text of the file `file_name` from (image name, captions) pairs. Without that name, each image
+    has a .txt file of its own."""
+
+    write: Callable[[Sequence[tuple[str, Sequence[str]]]], Iterator[str]]
+    file_name: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class CaptionFormat:
-    """One way in which captions or classes are stored.
+    """One way in which captions or classes are stored: in caption `files`, or as the layout of the folder shows.
 
-    `help` completes "name: …", `holds` "the file holds …". A format of caption files has their `suffixes`, `sniff` that
-    recognises one by a clue, and `read_file`; one that the layout of a folder shows has `read_folder`. Readers return
-    what they read, or briefly why they cannot ("" if there is nothing of this format).
-
-    `write`, None where a format is only read, returns the text of the caption file `file_name` from (image name,
-    captions) pairs; with no `file_name` each image gets a file of its own with the first of the `suffixes`.
+    `help` completes "name: …", `holds` "the file holds …". `read_folder` is asked where no caption file was read; it
+    returns what it reads, or briefly why it cannot ("" if nothing looks like this format).
     """
 
     name: str
     help: str
     holds: str = "captions"
-    suffixes: tuple[str, ...] = ()
-    sniff: Callable[[Clue], bool] | None = None
-    read_file: Callable[[Path, Source], FileCaptions | str] | None = None
+    files: CaptionFiles | None = None
     read_folder: Callable[[Tree], ParsedCaptions | str] | None = None
-    has_columns: bool = False  # that the user may choose
-    file_name: str = ""
-    write: Callable[[Sequence[tuple[str, Sequence[str]]]], Iterator[str]] | None = None
-
-    def recognises(self, clue: Clue) -> bool:
-        return self.sniff is not None and self.sniff(clue)
+    writer: CaptionWriter | None = None
 
 
-def _sniff_member(recognise: Callable[[str, Any], bool]) -> Callable[[Clue], bool]:
-    return lambda clue: clue.member is not None and recognise(*clue.member)
+def _holding(*contents: str) -> Callable[[Path, ChosenColumns], bool]:
+    return lambda file, columns: columns.content in contents
 
 
-def _is_metadata(clue: Clue) -> bool:
-    if clue.columns is None or clue.columns.content == "classes":
-        return False
-    if clue.file.suffix.lower() in (".json", ".jsonl"):
-        return True
-    return clue.columns.content == "captions" and clue.file.stem.lower() == "metadata"
-
-
-def _sniff_content(*contents: str) -> Callable[[Clue], bool]:
-    return lambda clue: clue.columns is not None and clue.columns.content in contents
-
-
-CAPTION_FORMATS: tuple[CaptionFormat, ...] = (
+_TABLES = (".csv", ".tsv", ".txt")  # .txt only under the names in caption_files.py
+CAPTION_FORMATS = (
     CaptionFormat(
-        name="json",
-        help='a labels JSON, {"image.jpg": ["a caption"]}',
-        suffixes=(".json",),
-        sniff=_sniff_member(is_labels_member),
-        read_file=read_labels_json,
-        file_name="labels.json",
-        write=write_labels_json,
+        "json",
+        'a labels JSON, {"image.jpg": ["a caption"]}',
+        files=CaptionFiles((".json",), read_labels_json, sniff_member=is_labels_member),
+        writer=CaptionWriter(write_labels_json, "labels.json"),
     ),
     CaptionFormat(
-        name="kohya",
-        help="meta_cap.json of kohya's scripts",
-        holds="kohya's captions",
-        suffixes=(".json",),
-        sniff=_sniff_member(is_kohya_member),
-        read_file=read_kohya,
-        file_name="meta_cap.json",
-        write=write_kohya,
+        "kohya",
+        "meta_cap.json of kohya's scripts",
+        "kohya's captions",
+        CaptionFiles((".json",), read_kohya, sniff_member=is_kohya_member),
+        writer=CaptionWriter(write_kohya, "meta_cap.json"),
     ),
     CaptionFormat(
-        name="coco",
-        help="COCO's caption annotations",
-        holds="COCO captions",
-        suffixes=(".json",),
-        sniff=_sniff_member(is_coco_member),
-        read_file=read_coco,
+        "coco",
+        "COCO's caption annotations",
+        "COCO captions",
+        CaptionFiles((".json",), read_coco, sniff_member=is_coco_member),
         read_folder=read_coco_beside,
-        file_name="captions.json",
-        write=write_coco,
+        writer=CaptionWriter(write_coco, "captions.json"),
     ),
     CaptionFormat(
-        name="metadata",
-        help="Hugging Face's metadata.jsonl",
-        holds="Hugging Face metadata with captions",
-        suffixes=(".jsonl", ".json", *_TABLES),
-        sniff=_is_metadata,
-        has_columns=True,
-        read_file=read_caption_rows,
-        file_name="metadata.jsonl",
-        write=write_metadata,
+        "metadata",
+        "Hugging Face's metadata.jsonl",
+        "Hugging Face metadata with captions",
+        CaptionFiles((".jsonl", ".json", *_TABLES), read_caption_rows, sniff_columns=is_metadata),
+        writer=CaptionWriter(write_metadata, "metadata.jsonl"),
     ),
     CaptionFormat(
-        name="csv",
-        help="a CSV that begins with the line image,caption",
-        suffixes=_TABLES,
-        sniff=_sniff_content("captions"),
-        has_columns=True,
-        read_file=read_caption_rows,
-        file_name="captions.csv",
-        write=write_csv,
+        "csv",
+        "a CSV that begins with the line image,caption",
+        files=CaptionFiles(_TABLES, read_caption_rows, sniff_columns=_holding("captions")),
+        writer=CaptionWriter(write_csv, "captions.csv"),
     ),
     CaptionFormat(
-        name="interrogator",
-        help="CLIP Interrogator's table of prompts",
-        holds="CLIP Interrogator's prompts",
-        suffixes=_TABLES,
-        sniff=_sniff_content("prompts"),
-        has_columns=True,
-        read_file=read_prompt_rows,
+        "interrogator",
+        "CLIP Interrogator's table of prompts",
+        "CLIP Interrogator's prompts",
+        CaptionFiles(_TABLES, read_prompt_rows, sniff_columns=_holding("prompts")),
     ),
     CaptionFormat(
-        name="labels",
-        help="a table, records or Parquet file with a class for each image",
-        holds="classes",
-        suffixes=(".jsonl", ".json", *_TABLES, ".parquet"),
-        sniff=_sniff_content("classes"),
-        has_columns=True,
-        read_file=read_class_rows,
+        "labels",
+        "a table, records or Parquet file with a class for each image",
+        "classes",
+        CaptionFiles((".jsonl", ".json", *_TABLES, ".parquet"), read_class_rows, sniff_columns=_holding("classes")),
     ),
     CaptionFormat(
-        name="parquet",
-        help="Parquet files that name or hold the images",
-        suffixes=(".parquet",),
-        sniff=_sniff_content("captions", "prompts"),
-        has_columns=True,
-        read_file=read_caption_rows,
+        "parquet",
+        "Parquet files that name or hold the images",
+        files=CaptionFiles((".parquet",), read_caption_rows, sniff_columns=_holding("captions", "prompts")),
     ),
     CaptionFormat(
-        name="sidecar",
-        help="a text file beside each image",
-        suffixes=(*TEXT_SUFFIXES, ".json"),
-        read_folder=read_sidecars,
-        write=write_sidecar,
+        "sidecar", "a text file beside each image", read_folder=read_sidecars, writer=CaptionWriter(write_sidecar)
     ),
-    CaptionFormat(name="folders", help="a subfolder for each class", read_folder=read_class_folders),
+    CaptionFormat("folders", "a subfolder for each class", read_folder=read_class_folders),
 )
 FORMAT_NAMES = ("auto", *(known.name for known in CAPTION_FORMATS))
-WRITABLE_FORMATS = {known.name: known for known in CAPTION_FORMATS if known.write}
+WRITERS = {known.name: known.writer for known in CAPTION_FORMATS if known.writer}

@@ -16,7 +16,7 @@ from ..images.image_files import BrokenImage, file_of, open_bytes, row_of, suffi
 from ..load import load_dataset
 from ..originals import HEADER as ORIGINALS_HEADER
 from ..originals import NAME as ORIGINALS
-from ..readers.registry import WRITABLE_FORMATS, CaptionFormat
+from ..readers.registry import WRITERS, CaptionWriter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +36,16 @@ def convert_captions(
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """Write a data set's captions as `to`, one of `WRITABLE_FORMATS`, and say in sentences what was done.
+    """Write a data set's captions as `to`, one of `WRITERS`, and say in sentences what was done.
 
     `out` is a new folder, which gets the pictures too: as hard links where they can be made, else as copies; or a new
     file (.json, .jsonl or .csv), which gets the captions alone. The source is not touched. What was written is read
     back before it is moved to its place. Raises `UserError`.
     """
     place = Path(out)
-    if to not in WRITABLE_FORMATS:
-        raise UserError(f"Captions cannot be written as {to!r}; choose {', '.join(WRITABLE_FORMATS)}.")
-    target = WRITABLE_FORMATS[to]
+    if to not in WRITERS:
+        raise UserError(f"Captions cannot be written as {to!r}; choose {', '.join(WRITERS)}.")
+    target = WRITERS[to]
     alone = bool(target.file_name) and place.suffix.lower() == Path(target.file_name).suffix
     _refuse(dataset, place, alone)
     samples, notes = _samples(
@@ -140,7 +140,7 @@ def _new_place(place: Path, alone: bool) -> Iterator[Path]:
 
 def _write_folder(
     folder: Path,
-    to: CaptionFormat,
+    to: CaptionWriter,
     samples: Sequence[_Sample],
     dataset: ClipDataset,
     on_progress: Callable[[int, int], None],
@@ -151,7 +151,7 @@ def _write_folder(
         target.parent.mkdir(parents=True, exist_ok=True)
         linked += _link_or_copy(sample.path, target)
         if not to.file_name:
-            _write_file(target.with_suffix(to.suffixes[0]), to, [sample])
+            _write_file(target.with_suffix(".txt"), to, [sample])
         on_progress(done, len(samples))
     if to.file_name:
         _write_file(folder / _file_name(to, samples), to, samples)
@@ -187,7 +187,7 @@ def _how_placed(linked: int, copied: int) -> list[str]:
     return notes
 
 
-def _file_name(to: CaptionFormat, samples: Sequence[_Sample]) -> str:
+def _file_name(to: CaptionWriter, samples: Sequence[_Sample]) -> str:
     """A JSON with a picture's name would be taken for that picture's own."""
     name, taken = Path(to.file_name), {os.path.splitext(sample.name)[0] for sample in samples}
     return name.name if name.stem not in taken else f"{name.stem}_of_all{name.suffix}"
@@ -202,8 +202,7 @@ def _write_originals(folder: Path, samples: Sequence[_Sample], dataset: ClipData
     (folder / ORIGINALS).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _write_file(file: Path, to: CaptionFormat, samples: Sequence[_Sample]) -> None:
-    assert to.write is not None, "it is one of the writable formats"
+def _write_file(file: Path, to: CaptionWriter, samples: Sequence[_Sample]) -> None:
     with open(file, "w", encoding="utf-8", newline="\n") as stream:
         stream.writelines(to.write([(sample.name, sample.captions) for sample in samples]))
 

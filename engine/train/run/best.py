@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from ...clip.full_clip import FullCLIP, load_full_clip, save_full_clip
+from ...clip.exports import save_full_clip
+from ...clip.full_clip import FullCLIP
+from ...clip.load import load_full_clip
 from ...data.images.transforms import Transform
 from ...evaluate.encoder import with_trained_transform
 from .checkpoints import Best

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...clip.tensor_files import read_tensors
+from ...clip.tensor_files import read_contents, write_safetensors
 from ...errors import UserError
-from ...files import PART_SUFFIX, remove_parts, write_json, write_safetensors, write_text
+from ...files import PART_SUFFIX, remove_parts, write_json, write_text
 from .checkpoints import Checkpoint
 from .lock import LOCK_NAME, FolderLock, lock_folder
 
@@ -91,8 +91,8 @@ class RunFolder:
         """Load the checkpoint that `last.json` names, else the newest older one that is whole; None without one."""
         for file in self._usable_checkpoints():
             try:
-                tensors, metadata = read_tensors(file)
-                return Checkpoint.from_json(tensors, json.loads(metadata[STATE_KEY]))
+                contents = read_contents(file)
+                return Checkpoint.from_json(contents.tensors, json.loads(contents.metadata[STATE_KEY]))
             except (UserError, KeyError, TypeError, ValueError) as error:
                 on_note(f"The checkpoint {file.name} cannot be used ({error}); the one before it is tried.")
         if self.pointer_file.is_file():

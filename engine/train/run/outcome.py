@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...clip.full_clip import load_full_clip
+from ...clip.load import load_full_clip
 from ..setup import TrainSetup
 from .best import read_best
 from .checkpoints import Best

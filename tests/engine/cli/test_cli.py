@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from clip_finetune.engine import load_full_clip, save_full_clip, to_gmp
 from clip_finetune.engine.cli import main
-from clip_finetune.engine.clip.exports import text_encoder_state_dict
+from clip_finetune.engine.clip.encoders import text_encoder_state_dict
 from clip_finetune.engine.clip.full_clip import file_metadata
-from clip_finetune.engine.files import same_bits
+from clip_finetune.engine.clip.tensor_files import same_bits
 from clip_finetune.engine.train.config import all_settings
 
 
@@ -77,7 +77,7 @@ def test_info_knows_models_text_encoders_data_sets_and_runs(here, capsys):
     found = facts("tiny.safetensors")
     assert found["kind"] == "full_clip" and found["parameterization"] == "linear" and found["dtype"] == "float32"
     assert found["architecture"]["text_width"] == 64 and found["problems"] == []
-    save_file(text_encoder_state_dict(random_clip(), dtype="fp16")[0], "te.safetensors")
+    save_file(text_encoder_state_dict(random_clip(), dtype="fp16"), "te.safetensors")
     found = facts("te.safetensors")
     assert found["kind"] == "text_encoder" and found["architecture"]["text_width"] == 64 and found["problems"] == []
     (here / "colours/003.png").write_bytes(b"hello")
@@ -173,7 +173,7 @@ def test_an_error_is_one_paragraph_that_names_the_file_as_it_was_given(here, cap
     labels_folder(here / "one", 1)
     broken = random_clip().derive({"ln_final.bias": torch.full((64,), torch.nan)}, step="broken")
     save_full_clip(broken, "whole_nan.safetensors")
-    tensors = text_encoder_state_dict(random_clip(), dtype="fp32")[0]
+    tensors = text_encoder_state_dict(random_clip(), dtype="fp32")
     save_file(tensors, "te.safetensors")
     save_file(tensors | {"text_model.final_layer_norm.bias": torch.full((64,), torch.nan)}, "nan.safetensors")
     assert main(line.split()) == 1

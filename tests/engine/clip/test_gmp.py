@@ -6,7 +6,7 @@ from clips import TINY, random_clip
 
 from clip_finetune.engine import UserError, blend, build_network, fold_gmp, load_full_clip, save_full_clip, to_gmp
 from clip_finetune.engine.clip.gmp import GmPLinear, gmp_to_weight, weight_to_gmp
-from clip_finetune.engine.files import same_bits
+from clip_finetune.engine.clip.tensor_files import same_bits
 
 
 def test_weights_to_gmp_and_back_are_the_same_bits_in_fp16():

@@ -19,9 +19,10 @@ from safetensors import safe_open
 
 from clip_finetune.engine import UserError, build_network, fold_gmp, load_full_clip, to_gmp
 from clip_finetune.engine.clip.huggingface import save_huggingface
+from clip_finetune.engine.clip.tensor_files import same_bits
 from clip_finetune.engine.data.images.decoding import load_image, normalize
 from clip_finetune.engine.data.tokenizer import Tokenizer
-from clip_finetune.engine.files import remove_parts, same_bits
+from clip_finetune.engine.files import remove_parts
 from clip_finetune.engine.openai import END, START
 
 transformers = pytest.importorskip("transformers")
@@ -63,8 +64,9 @@ def model():
 
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
-    folder, done = save_huggingface(model, tmp_path_factory.mktemp("saved") / "clip")
-    assert done == []
+    notes = []
+    folder = save_huggingface(model, tmp_path_factory.mktemp("saved") / "clip", on_note=notes.append)
+    assert notes == []
     return folder
 
 
@@ -119,7 +121,7 @@ def features_agree(folder, full_clip):
 )
 def test_transformers_finds_the_same_features_offline(tmp_path, changes):
     model = random_clip(**changes)
-    folder, _ = save_huggingface(model, tmp_path / "clip")
+    folder = save_huggingface(model, tmp_path / "clip")
     features_agree(folder, model)
 
 
@@ -185,7 +187,7 @@ def test_padding_does_not_change_the_features(folder, model):
 
 
 def test_the_tokenizer_cuts_at_this_models_context(tmp_path):
-    folder, _ = save_huggingface(random_clip(context_length=20), tmp_path / "clip")
+    folder = save_huggingface(random_clip(context_length=20), tmp_path / "clip")
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
     assert tokenizer([LONG], truncation=True)["input_ids"] == Tokenizer(20)([LONG]).tolist()
 
@@ -233,7 +235,7 @@ def mixed(model):
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32", "mixed"])
 def test_there_and_back_every_bit_is_the_same(model, tmp_path, kind):
     saved = mixed(model) if kind == "mixed" else random_clip(dtype=getattr(torch, kind))
-    folder, _ = save_huggingface(saved, tmp_path / "clip")
+    folder = save_huggingface(saved, tmp_path / "clip")
     opened = load_full_clip(folder)
     assert opened.architecture == saved.architecture and opened.notes == ()
     assert opened.state_dict.keys() == saved.state_dict.keys()
@@ -248,7 +250,7 @@ def test_there_and_back_every_bit_is_the_same(model, tmp_path, kind):
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 def test_the_weights_are_saved_in_the_chosen_dtype(model, tmp_path, dtype):
     chosen = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    folder, _ = save_huggingface(mixed(model), tmp_path / "clip", dtype=dtype)
+    folder = save_huggingface(mixed(model), tmp_path / "clip", dtype=dtype)
     opened = load_full_clip(folder).state_dict
     assert all(same_bits(opened[name], tensor.to(chosen)) for name, tensor in mixed(model).state_dict.items())
     with safe_open(folder / "model.safetensors", "pt") as file:
@@ -257,16 +259,18 @@ def test_the_weights_are_saved_in_the_chosen_dtype(model, tmp_path, dtype):
 
 def test_gmp_is_folded_and_told(model, tmp_path):
     gmp = to_gmp(model)
-    folder, done = save_huggingface(gmp, tmp_path / "clip")
-    assert len(done) == 1 and "GmP" in done[0] and "folded" in done[0]
+    notes = []
+    folder = save_huggingface(gmp, tmp_path / "clip", on_note=notes.append)
+    assert len(notes) == 1 and "GmP" in notes[0] and "folded" in notes[0]
     assert load_full_clip(folder).fingerprint == fold_gmp(gmp).fingerprint
     features_agree(folder, gmp)
 
 
 def test_another_vocabulary_gets_no_tokenizer_and_is_told_so(tmp_path):
     model = random_clip(vocab_size=1000)
-    folder, done = save_huggingface(model, tmp_path / "clip")
-    assert len(done) == 1 and "1000 tokens" in done[0] and "no tokenizer" in done[0]
+    notes = []
+    folder = save_huggingface(model, tmp_path / "clip", on_note=notes.append)
+    assert len(notes) == 1 and "1000 tokens" in notes[0] and "no tokenizer" in notes[0]
     names = {file.name for file in folder.iterdir()}
     assert names == {"config.json", "model.safetensors", "preprocessor_config.json"}
     features_agree(folder, model)  # taken at the highest token, as open_clip does
@@ -290,7 +294,7 @@ def refused(model, folder, words, **options):
 
 
 def test_a_folder_that_holds_something_is_refused_and_kept(model, tmp_path):
-    folder, _ = save_huggingface(model, tmp_path / "clip")
+    folder = save_huggingface(model, tmp_path / "clip")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     refused(random_clip(seed=5), folder, "already there; choose a folder")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
@@ -301,13 +305,13 @@ def test_a_folder_that_holds_something_is_refused_and_kept(model, tmp_path):
 
 def test_an_empty_folder_and_a_link_to_one_are_filled(model, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
-    assert load_full_clip(save_huggingface(model, tmp_path / "empty")[0]).fingerprint == model.fingerprint
+    assert load_full_clip(save_huggingface(model, tmp_path / "empty")).fingerprint == model.fingerprint
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    assert load_full_clip(save_huggingface(model, tmp_path / "link")[0]).fingerprint == model.fingerprint
+    assert load_full_clip(save_huggingface(model, tmp_path / "link")).fingerprint == model.fingerprint
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").is_file()
     monkeypatch.chdir(tmp_path)
-    assert load_full_clip(save_huggingface(model, "new/folder")[0]).fingerprint == model.fingerprint
+    assert load_full_clip(save_huggingface(model, "new/folder")).fingerprint == model.fingerprint
 
 
 def test_weights_that_are_not_finite_are_refused(model, tmp_path):

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from clip_finetune.engine import UserError, export_text_encoder, to_gmp
-from clip_finetune.engine.clip.exports import text_encoder_state_dict
+from clip_finetune.engine.clip.encoders import text_encoder_state_dict
 from clip_finetune.engine.clip.lora import (
     CARRIED,
     LOST,
@@ -54,7 +54,7 @@ def pair():
 
 def text(model):
     """The text tower as numpy float64 under Hugging Face's names, without the projection."""
-    tensors, _ = text_encoder_state_dict(model)
+    tensors = text_encoder_state_dict(model)
     return {name: t.double().numpy() for name, t in tensors.items() if name != "text_projection.weight"}
 
 

@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 
 from clip_finetune.engine import UserError, load_full_clip, merge_text_encoder, save_full_clip, to_gmp
 from clip_finetune.engine.cli.info import describe
-from clip_finetune.engine.clip.exports import mix_text_encoders, text_encoder_state_dict
+from clip_finetune.engine.clip.encoders import mix_text_encoders, text_encoder_state_dict
 from clip_finetune.engine.clip.health import BROKEN_MERGE
 from clip_finetune.engine.clip.merge import merge_vision_encoder, transplant_tower
 from clip_finetune.engine.clip.names import to_hf, to_openai
-from clip_finetune.engine.files import same_bits
+from clip_finetune.engine.clip.tensor_files import same_bits
 
 
 def vision_of(model):
@@ -75,7 +75,7 @@ def test_the_map_goes_back_bit_by_bit_and_drops_position_ids():
 
 def sdxl(clip_l, clip_g):
     """A checkpoint as SDXL's: CLIP-L under Hugging Face's names, CLIP-G under OpenAI's."""
-    first, _ = text_encoder_state_dict(clip_l)
+    first = text_encoder_state_dict(clip_l)
     del first["text_projection.weight"]
     second = {n: t for n, t in clip_g.state_dict.items() if not n.startswith("visual.")}
     return (
@@ -113,7 +113,7 @@ def test_a_checkpoint_offered_as_a_clip_is_told_apart(tmp_path):
 
 
 def test_a_text_encoder_of_more_positions_tells_how_to_make_room():
-    long, _ = text_encoder_state_dict(random_clip(context_length=248))
+    long = text_encoder_state_dict(random_clip(context_length=248))
     with pytest.raises(
         UserError, match="it reads 248 tokens, the full CLIP 77. Open the full CLIP with the context length 248"
     ):
@@ -123,7 +123,7 @@ def test_a_text_encoder_of_more_positions_tells_how_to_make_room():
 def test_a_long_clips_two_tables_are_merged_with_it():
     long = random_clip(seed=1, context_length=248)
     second = torch.randn(248, 64)
-    tensors, _ = text_encoder_state_dict(long)
+    tensors = text_encoder_state_dict(long)
     tensors["text_model.embeddings.position_embedding_res.weight"] = second
     merged = merge_text_encoder(tensors, random_clip(seed=2, context_length=248))
     expected = torch.cat([long.state_dict["positional_embedding"][:20], second[20:]])
@@ -141,7 +141,7 @@ def test_a_tower_that_computes_otherwise_is_refused_where_its_file_tells_it(tmp_
 
 @pytest.mark.parametrize("kind, refused", [("clip_text_model", True), ("clip_vision_model", False)])
 def test_only_a_configuration_of_the_tower_itself_is_believed(tmp_path, kind, refused):
-    save_file(text_encoder_state_dict(random_clip(seed=1))[0], tmp_path / "te.safetensors")
+    save_file(text_encoder_state_dict(random_clip(seed=1)), tmp_path / "te.safetensors")
     config = {
         "model_type": kind,
         "hidden_size": 64,
@@ -159,10 +159,10 @@ def test_only_a_configuration_of_the_tower_itself_is_believed(tmp_path, kind, re
 
 
 def test_a_tower_of_another_size_is_told_by_its_size():
-    text = text_encoder_state_dict(random_clip(text_layers=3))[0]
+    text = text_encoder_state_dict(random_clip(text_layers=3))
     with pytest.raises(UserError, match="its text tower is 64 wide with 3 layers, the full CLIP's 64 with 2"):
         merge_text_encoder(text, random_clip())
-    short = text_encoder_state_dict(random_clip())[0]
+    short = text_encoder_state_dict(random_clip())
     with pytest.raises(UserError, match="reads 77 tokens, the full CLIP 248. Open the full CLIP without stretching it"):
         merge_text_encoder(short, random_clip(context_length=248))
 
@@ -187,7 +187,7 @@ def as_the_broken_script_does(text, base):
 
 def test_a_full_clip_of_the_broken_merge_is_recognised_and_ours_is_not_one(tmp_path):
     source, base = random_clip(seed=1, embed_dim=64), random_clip(seed=2, embed_dim=64)
-    text, _ = text_encoder_state_dict(source)
+    text = text_encoder_state_dict(source)
     save_file(as_the_broken_script_does(text, base), tmp_path / "broken.safetensors")
     assert any(BROKEN_MERGE in note for note in load_full_clip(tmp_path / "broken.safetensors").notes)
     assert any(BROKEN_MERGE in problem for problem in describe(tmp_path / "broken.safetensors")["problems"])
@@ -240,7 +240,7 @@ def test_a_missing_or_useless_projection_is_the_full_clips(projection):
         ),
         (lambda: vision_of(random_clip(vision_width=128)), "does not fit this full CLIP: its vision tower is 128 wide"),
         (lambda: {n: t * torch.nan for n, t in vision_of(random_clip()).items()}, "holds values that are not numbers"),
-        (lambda: text_encoder_state_dict(random_clip())[0], "holds no CLIP vision encoder"),
+        (lambda: text_encoder_state_dict(random_clip()), "holds no CLIP vision encoder"),
         (lambda: {}, "holds no CLIP vision encoder"),
     ],
 )
@@ -252,7 +252,7 @@ def test_what_is_no_vision_tower_of_that_shape_is_refused(vision, words):
 def test_text_and_vision_pieces_and_a_full_clip_for_the_rest_make_a_full_clip(tmp_path):
     """ComfyUI's pieces: a text encoder file and a clip_vision file."""
     one, base = random_clip(seed=1), random_clip(seed=2)
-    save_file(text_encoder_state_dict(one)[0], tmp_path / "te.safetensors")
+    save_file(text_encoder_state_dict(one), tmp_path / "te.safetensors")
     save_file({n: t for n, t in vision_of(one).items() if "projection" not in n}, tmp_path / "vision.safetensors")
     merged = merge_vision_encoder(
         tmp_path / "vision.safetensors", merge_text_encoder(tmp_path / "te.safetensors", base)
@@ -289,6 +289,6 @@ def test_towers_that_do_not_fit_are_not_transplanted(change, words):
 
 
 def test_a_mix_of_clip_gs_mixes_the_projection_too():
-    original, trained = (text_encoder_state_dict(random_clip(seed=seed))[0] for seed in (1, 2))
+    original, trained = (text_encoder_state_dict(random_clip(seed=seed)) for seed in (1, 2))
     mixed = mix_text_encoders(original, trained, 0.5, projection=True)["text_projection.weight"]
     torch.testing.assert_close(mixed, (original["text_projection.weight"] + trained["text_projection.weight"]) / 2)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from clip_finetune.engine import UserError, build_network, load_full_clip, save_full_clip
 from clip_finetune.engine.clip.architecture import architecture_from_shapes
 from clip_finetune.engine.clip.full_clip import METADATA_KEY
-from clip_finetune.engine.files import same_bits
+from clip_finetune.engine.clip.tensor_files import same_bits
 
 
 @pytest.fixture(scope="module")

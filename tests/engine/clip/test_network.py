@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from clip_finetune.engine import UserError, build_network, load_full_clip, to_gmp
 from clip_finetune.engine.clip.network import checkpoint_activations, compile_blocks
+from clip_finetune.engine.clip.tensor_files import same_bits
 from clip_finetune.engine.data.tokenizer import cut_to_longest
-from clip_finetune.engine.files import same_bits
 from clip_finetune.engine.openai import END, START
 
 CLOSE = dict(rtol=1e-10, atol=1e-12)

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from clip_finetune.engine import UserError, build_network, load_full_clip, merge_text_encoder, save_full_clip, to_gmp
 from clip_finetune.engine.bench.contenders import open_clip_network
 from clip_finetune.engine.clip import names
-from clip_finetune.engine.clip.exports import text_encoder_state_dict
+from clip_finetune.engine.clip.encoders import text_encoder_state_dict
 from clip_finetune.engine.clip.network import random_full_clip
+from clip_finetune.engine.clip.tensor_files import same_bits
 from clip_finetune.engine.clip.variants.long_clip import stretch_context, stretched
-from clip_finetune.engine.files import same_bits
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_a_checkpoint_of_lightning_with_a_class_as_a_key_gives_its_weights(model
     module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
         monkeypatch.setitem(sys.modules, name, module)
-    state = {f"cond_stage_model.transformer.{n}": t for n, t in text_encoder_state_dict(model)[0].items()}
+    state = {f"cond_stage_model.transformer.{n}": t for n, t in text_encoder_state_dict(model).items()}
     callbacks = {module.ModelCheckpoint: {"best_model_score": numpy.float64(0.5), "monitor": "val/loss"}}
     torch.save({"state_dict": state, "callbacks": callbacks, "global_step": numpy.int64(3)}, tmp_path / "sd15.ckpt")
     monkeypatch.undo()
@@ -434,7 +434,7 @@ def test_a_vit_l_14_is_mapped_not_read(tmp_path):
 GRAPH = """
 import re, sys, threading, time
 from clip_finetune.engine import export_text_encoder, fold_gmp, load_full_clip, save_full_clip
-from clip_finetune.engine.files import same_bits
+from clip_finetune.engine.clip.tensor_files import same_bits
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e3
 before, peak, going = anonymous(), 0, True

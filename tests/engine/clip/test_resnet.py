@@ -27,8 +27,8 @@ from clip_finetune.engine import (
 from clip_finetune.engine.clip.architecture import Architecture, architecture_from_shapes
 from clip_finetune.engine.clip.full_clip import METADATA_KEY
 from clip_finetune.engine.clip.network import StoredNorm
+from clip_finetune.engine.clip.tensor_files import same_bits
 from clip_finetune.engine.clip.variants.resnet import resnet_values
-from clip_finetune.engine.files import same_bits
 from clip_finetune.engine.train import master_weights
 from clip_finetune.engine.train.freezing import LayersConfig
 from clip_finetune.engine.train.memory import activations_of

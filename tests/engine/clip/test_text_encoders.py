@@ -6,9 +6,9 @@ from clips import VIT_L_14, random_clip
 from safetensors.torch import load_file, save_file
 
 from clip_finetune.engine import UserError, build_network, export_text_encoder, merge_text_encoder, to_gmp
-from clip_finetune.engine.clip.exports import CLIP_L, mix_text_encoders, require_text_tower, text_encoder_state_dict
+from clip_finetune.engine.clip.encoders import CLIP_L, mix_text_encoders, require_text_tower, text_encoder_state_dict
 from clip_finetune.engine.clip.health import describe_text_encoder
-from clip_finetune.engine.files import same_bits
+from clip_finetune.engine.clip.tensor_files import same_bits
 
 
 def identical(one, other):
@@ -55,7 +55,7 @@ def test_transformers_loads_our_text_encoder_with_equal_features(tmp_path):
 )
 def test_a_text_encoder_is_found_under_every_known_prefix(tmp_path, prefix):
     base, other = random_clip(seed=1), random_clip(seed=2)
-    tensors, _ = text_encoder_state_dict(other)
+    tensors = text_encoder_state_dict(other)
     del tensors["text_projection.weight"]
     checkpoint = {prefix + name: tensor for name, tensor in tensors.items()}
     checkpoint[f"{prefix}text_model.embeddings.position_ids"] = torch.arange(77)[None]
@@ -70,7 +70,7 @@ def test_a_text_encoder_is_found_under_every_known_prefix(tmp_path, prefix):
 @pytest.mark.parametrize("projection", ["identity", "foreign", "nan"])
 def test_projection_and_logit_scale_are_always_the_full_clips(projection):
     base = random_clip(embed_dim=64)
-    tensors, _ = text_encoder_state_dict(base)
+    tensors = text_encoder_state_dict(base)
     other = {"identity": torch.eye(64), "foreign": torch.randn(64, 64), "nan": torch.full((64, 64), torch.nan)}
     tensors["text_projection.weight"] = other[projection]
     tensors["logit_scale"] = torch.tensor(1.0)
@@ -82,14 +82,14 @@ def test_projection_and_logit_scale_are_always_the_full_clips(projection):
 
 def test_a_projection_that_is_the_bases_transpose_is_warned_of():
     base = random_clip(embed_dim=64)
-    tensors, _ = text_encoder_state_dict(base)
+    tensors = text_encoder_state_dict(base)
     tensors["text_projection.weight"] = base.state_dict["text_projection"].clone()
     assert "transpose" in merge_text_encoder(tensors, base).notes[-1]
 
 
 def test_swapped_query_and_value_are_warned_of():
     base = random_clip()
-    tensors, _ = text_encoder_state_dict(base)
+    tensors = text_encoder_state_dict(base)
     for kind in ("weight", "bias"):
         q, v = (f"text_model.encoder.layers.1.self_attn.{letter}_proj.{kind}" for letter in "qv")
         tensors[q], tensors[v] = tensors[v], tensors[q]
@@ -97,12 +97,12 @@ def test_swapped_query_and_value_are_warned_of():
 
 
 def test_a_tower_that_has_nothing_in_common_with_the_base_is_not_called_swapped():
-    tensors, _ = text_encoder_state_dict(random_clip(seed=2))
+    tensors = text_encoder_state_dict(random_clip(seed=2))
     assert not any("swapped" in note for note in merge_text_encoder(tensors, random_clip(seed=1)).notes)
 
 
 def damaged(change):
-    tensors, _ = text_encoder_state_dict(random_clip())
+    tensors = text_encoder_state_dict(random_clip())
     change(tensors)
     return tensors
 
@@ -144,9 +144,11 @@ def test_a_damaged_text_encoder_is_refused(change, words):
 
 def test_an_export_folds_gmp_and_says_so():
     model = random_clip(dtype=torch.float16)
-    tensors, done = text_encoder_state_dict(to_gmp(model))
-    expected, nothing = text_encoder_state_dict(model)
-    assert "folded" in done[0] and nothing == []
+    notes = []
+    expected = text_encoder_state_dict(model, on_note=notes.append)
+    assert notes == []
+    tensors = text_encoder_state_dict(to_gmp(model), on_note=notes.append)
+    assert "folded" in notes[0]
     assert tensors.keys() == expected.keys() and "logit_scale" not in tensors
     assert all(same_bits(tensors[name], tensor) for name, tensor in expected.items())
 
@@ -170,7 +172,7 @@ def test_only_a_clip_l_with_quickgelu_passes_for_clip_l():
 
 
 def text_of(seed, dtype="fp32"):
-    return text_encoder_state_dict(random_clip(seed=seed), dtype=dtype)[0]
+    return text_encoder_state_dict(random_clip(seed=seed), dtype=dtype)
 
 
 def test_a_mix_is_the_line_through_both_and_keeps_the_trained_projection():

@@ -18,6 +18,7 @@ from image_folders import class_folder, labels_folder
 from PIL import Image, features
 
 from clip_finetune.engine import TrainConfig, UserError, eval_retrieval, load_dataset, load_full_clip, train
+from clip_finetune.engine.clip.tensor_files import same_bits
 from clip_finetune.engine.data import loader as loader_module
 from clip_finetune.engine.data.decoded_images import DecodedImages
 from clip_finetune.engine.data.images.decoding import BrokenImage, decode, decode_plain_jpeg, load_image
@@ -26,7 +27,6 @@ from clip_finetune.engine.data.images.transforms import Transform
 from clip_finetune.engine.data.loader import LoaderOptions, TrainLoader
 from clip_finetune.engine.data.sampler import CaptionsConfig, Sampler
 from clip_finetune.engine.data.tokenizer import Tokenizer
-from clip_finetune.engine.files import same_bits
 
 QUICK = dict(epochs=3, learning_rate=1e-3, batch_size=4, precision="fp32")
 CHANCE = dict(resize_mode="random_crop", horizontal_flip=True, color_jitter=0.3)

@@ -30,7 +30,7 @@ from clip_finetune.engine import (
     save_full_clip,
     to_gmp,
 )
-from clip_finetune.engine.clip.exports import CLIP_G
+from clip_finetune.engine.clip.encoders import CLIP_G
 from clip_finetune.engine.clip.gmp import fold_gmp, weight_to_gmp
 from clip_finetune.engine.evaluate import comparison, geometry, gmp_form, sweep
 from clip_finetune.engine.evaluate import encoder as encoder_module

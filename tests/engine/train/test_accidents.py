@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from clip_finetune.engine import TrainConfig, UserError, load_dataset, save_full_clip, train
 from clip_finetune.engine.cli import main
-from clip_finetune.engine.files import same_bits
+from clip_finetune.engine.clip.tensor_files import same_bits
 from clip_finetune.engine.train import step
 from clip_finetune.engine.train.run.lock import lock_folder
 

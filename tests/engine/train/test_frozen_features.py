@@ -7,11 +7,11 @@ from image_folders import labels_folder
 from PIL import Image
 
 from clip_finetune.engine import TrainConfig, load_dataset, train
+from clip_finetune.engine.clip.tensor_files import same_bits
 from clip_finetune.engine.data import feature_cache
 from clip_finetune.engine.data.feature_cache import FeatureCache, FeatureSpec
 from clip_finetune.engine.data.images.image_cache import ImageCache
 from clip_finetune.engine.data.images.transforms import Transform
-from clip_finetune.engine.files import same_bits
 from clip_finetune.engine.train import frozen_features, master_weights
 
 QUICK = dict(epochs=3, learning_rate=1e-3, batch_size=6, precision="fp32", towers="text")

@@ -6,8 +6,8 @@ from clips import TINY, random_clip
 from torch.nn import functional as F
 
 from clip_finetune.engine import build_network, fold_gmp, to_gmp
+from clip_finetune.engine.clip.tensor_files import same_bits
 from clip_finetune.engine.data.tokenizer import Tokenizer
-from clip_finetune.engine.files import same_bits
 from clip_finetune.engine.train import master_weights
 from clip_finetune.engine.train.master_weights import MasterWeights
 

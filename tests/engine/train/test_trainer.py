@@ -14,8 +14,7 @@ from image_folders import class_folder, labels_folder
 from safetensors.torch import load_file
 
 from clip_finetune.engine import TrainConfig, UserError, load_dataset, load_full_clip, to_gmp, train
-from clip_finetune.engine.clip.tensor_files import read_tensors
-from clip_finetune.engine.files import same_bits
+from clip_finetune.engine.clip.tensor_files import read_contents, same_bits
 from clip_finetune.engine.train import master_weights
 from clip_finetune.engine.train import step as step_module
 from clip_finetune.engine.train.device import resolve_precision
@@ -667,7 +666,7 @@ def test_a_stopped_fp16_run_ends_with_the_same_bits(model, data, tmp_path, monke
     for step in (2, 6):
         with pytest.raises(Stop):
             run(model, data, tmp_path / "stopped", progress=stop_after(step), **options)
-        _, metadata = read_tensors(tmp_path / "stopped" / f"step_{step}.safetensors")
+        metadata = read_contents(tmp_path / "stopped" / f"step_{step}.safetensors").metadata
         scale = json.loads(metadata[STATE_KEY])["scaler"]["scale"]
         assert scale == 2.0 ** (17 - sum(number <= step for number in skipped))
     resumed = run(model, data, tmp_path / "stopped", **options)

@@ -9,7 +9,7 @@ from adabelief_pytorch import AdaBelief
 from clips import TINY, random_clip
 
 from clip_finetune.engine import build_network
-from clip_finetune.engine.files import same_bits
+from clip_finetune.engine.clip.tensor_files import same_bits
 from clip_finetune.engine.train.optim.adabelief import ChunkedAdaBelief
 from clip_finetune.engine.train.optim.factory import OPTIMIZERS, OptimizerConfig, build_optimizer, undo_steps
 from clip_finetune.engine.train.optim.parameter_groups import parameter_groups, set_learning_rates
