@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from comfy_api.latest import io, ui
 
 from ..engine.clip.full_clip import FullCLIP
 from ..engine.data.dataset import ClipDataset
-from ..engine.evaluate.ranking import Ranking, rank_captions
-from ..engine.evaluate.suite import notes_of, percent
-from ..engine.evaluate.typographic.attack import Shares, TypographicResult, eval_typographic, sheet_heading, sheet_of
-from ..engine.evaluate.typographic.photographed import CLEAN
-from ..engine.report.attack_charts import attack_chart, ranking_chart
-from ..engine.report.charts import against_baseline
-from ..engine.report.tables import table
-from .evaluation import evaluate_models, evaluation_output, evaluation_schema, feature_cache
+from ..engine.evaluate import suite
+from ..engine.evaluate.comparison import notes_of
+from ..engine.evaluate.ranking import Ranking, rank_captions, rankings_chart, rankings_table
+from ..engine.report.tables import percent
+from .evaluation import evaluate, evaluation_schema, feature_cache
 from .host.device import check_cancelled, exclusive_device, torch_device
 from .host.display import Display, to_pil, to_tensor
 from .schema import baseline_input, node_schema, seed_input
@@ -41,42 +37,8 @@ class EvalTypographic(io.ComfyNode):
     def execute(
         cls, full_clip: FullCLIP, dataset: ClipDataset, baseline: FullCLIP | None = None, seed: int = 0
     ) -> io.NodeOutput:
-        display = Display(cls)
-        evaluate = functools.partial(eval_typographic, dataset=dataset, seed=seed)
-        results = evaluate_models(display, evaluate, full_clip, baseline)
-        model, before = results["model"], results.get("baseline")
-        accuracy_before = None if before is None else before.accuracy_under_attack
-        sentence = against_baseline("Accuracy under attack", model.accuracy_under_attack, accuracy_before)
-        display.note(sentence)
-        sheet = sheet_of(dataset, model, before)
-        chart = attack_chart(_bars(results), sheet, title=sentence, heading=f"{sheet_heading(before is not None)}:")
-        return evaluation_output(cls, model.accuracy_under_attack, _attack_rows(results), chart)
-
-
-def _bars(results: Mapping[str, TypographicResult]) -> dict[str, dict[str, float]]:
-    bars: dict[str, dict[str, float]] = {}
-    for name, result in results.items():
-        for kind, shares in result.kinds.items():
-            bars.setdefault(f"right, {kind}", {})[name] = shares.accuracy
-        bars.setdefault("the word wins", {})[name] = result.word_wins
-    return bars
-
-
-_ATTACK_MEASURES: dict[str, Callable[[Shares], float | None]] = {
-    "right": lambda shares: shares.accuracy,
-    "the written word wins": lambda shares: shares.word_wins,
-    "object over its word": lambda shares: shares.object_over_word,
-}
-
-
-def _attack_rows(results: Mapping[str, TypographicResult]) -> list[dict[str, str]]:
-    return [
-        {"images": f"{kind} ({shares.images}): {name}"}
-        | {model: percent(measure(result.kinds[kind])) for model, result in results.items()}
-        for kind, shares in results["model"].kinds.items()
-        for name, measure in _ATTACK_MEASURES.items()
-        if kind != CLEAN or name != "the written word wins"
-    ]
+        request = suite.Request(templates="simple", typographic=True, seed=seed)
+        return evaluate(cls, suite.TYPOGRAPHIC, request, full_clip, dataset, baseline)
 
 
 class RankCaptions(io.ComfyNode):
@@ -115,18 +77,11 @@ class RankCaptions(io.ComfyNode):
                 )
         if len(image) > 1:
             display.note(f"The batch has {len(image)} images; the first is ranked.")
-        display.notes(notes_of(rankings["model"], rankings.get("baseline")))
+        model, before = rankings["model"], rankings.get("baseline")
+        display.notes(notes_of(model.notes, None if before is None else before.notes))
         display.note(_ranking_sentence(rankings))
-        order = rankings["model"].order
-        chart = to_tensor(
-            ranking_chart(
-                pil_image,
-                [rankings["model"].texts[index] for index in order],
-                {name: [ranking.shares[index] for index in order] for name, ranking in rankings.items()},
-                {name: [ranking.cosines[index] for index in order] for name, ranking in rankings.items()},
-            )
-        )
-        return io.NodeOutput(chart, table(_ranking_rows(rankings)), ui=ui.PreviewImage(chart, cls=cls))
+        chart = to_tensor(rankings_chart(pil_image, rankings))
+        return io.NodeOutput(chart, rankings_table(rankings), ui=ui.PreviewImage(chart, cls=cls))
 
 
 def _ranking_sentence(rankings: Mapping[str, Ranking]) -> str:
@@ -136,17 +91,6 @@ def _ranking_sentence(rankings: Mapping[str, Ranking]) -> str:
     if baseline is None:
         return f"{sentence}."
     return f"{sentence}; the baseline says “{baseline.texts[baseline.order[0]]}”."
-
-
-def _ranking_rows(rankings: Mapping[str, Ranking]) -> list[dict[str, str]]:
-    rows = []
-    for index in rankings["model"].order:
-        row = {"text": rankings["model"].texts[index]}
-        for name, ranking in rankings.items():
-            row[f"{name} share"] = percent(ranking.shares[index])
-            row[f"{name} cosine"] = f"{ranking.cosines[index]:.4f}"
-        rows.append(row)
-    return rows
 
 
 NODES = [EvalTypographic, RankCaptions]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any, get_type_hints
+from collections.abc import Sequence
+from typing import Any
 
 from comfy_api.latest import io, ui
 
@@ -15,11 +14,12 @@ from ..engine.data.tools.inspect import inspect_dataset, sample_images
 from ..engine.data.tools.prepare import Preparation, prepare_images
 from ..engine.report.charts import dataset_chart
 from ..engine.report.contact_sheet import contact_sheet
+from ..engine.settings import setting_infos
 from .dataset import dataset_fingerprint
 from .host import folders
 from .host.device import check_cancelled, torch_device
 from .host.display import Display, to_tensor
-from .schema import captions_input, folder_input, node_schema, seed_input, widget
+from .schema import captions_input, folder_input, node_schema, seed_input, setting_input, widget
 from .sockets import Dataset
 
 
@@ -64,30 +64,6 @@ class InspectCLIPDataset(io.ComfyNode):
         return io.NodeOutput(report, sheet, to_tensor(chart), ui=ui.PreviewImage(sheet, cls=cls))
 
 
-def _preparation_inputs() -> Iterator[io.Input]:
-    """Yield a widget for each field of `Preparation`."""
-    kinds = get_type_hints(Preparation)
-    for field in dataclasses.fields(Preparation):
-        limits, kind = field.metadata, kinds[field.name]
-        common: dict[str, Any] = {
-            "default": field.default,
-            "optional": True,
-            "tooltip": limits["help"],
-            "advanced": limits["advanced"],
-        }
-        ends = {"min": limits["min"], "max": limits["max"]}
-        if limits["choices"]:
-            yield io.Combo.Input(field.name, options=list(limits["choices"]), **common)
-        elif kind is str:
-            yield io.String.Input(field.name, **common)
-        elif kind is float:
-            yield io.Float.Input(field.name, **ends, step=limits["step"], **common)
-        elif field.name == "seed":
-            yield io.Int.Input(field.name, **ends, control_after_generate=False, **common)
-        else:
-            yield io.Int.Input(field.name, **ends, **common)
-
-
 class PrepareCLIPImages(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -101,7 +77,7 @@ class PrepareCLIPImages(io.ComfyNode):
             aliases="augmentation, crop, color jitter, flip, mirror, object detection",
             inputs=[
                 folder_input(),
-                *_preparation_inputs(),
+                *(setting_input(info) for info in setting_infos(Preparation).values()),
                 captions_input(advanced=True),
                 widget("name", "", "Name of the new folder. Empty: the old name with _prepared."),
             ],

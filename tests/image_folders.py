@@ -9,9 +9,15 @@ from pathlib import Path
 import numpy
 from PIL import Image
 
+from clip_finetune.engine.data.images.transforms import Transform
 from clip_finetune.engine.evaluate.typographic.photographed import CLEAN, HAND_WRITTEN, SYNTHETIC
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
+
+
+def load_image(path: Path, size: int):
+    """The image as CLIP sees it, uint8 [3, size, size]."""
+    return Transform(image_size=size).load(path)
 
 
 def labels_folder(folder: Path, count: int = 12, *, size: int = 32, captions: int = 2) -> Path:
@@ -42,6 +48,14 @@ def class_folder(folder: Path, per_class: int = 3, *, size: int = 32) -> Path:
         for index in range(per_class):
             shade = tuple(max(0, value - 20 * index) for value in colour)
             Image.new("RGB", (size, size), shade).save(folder / name / f"{index}.png")
+    return folder
+
+
+def labelled_and_captioned(folder: Path, per_class: int = 3) -> Path:
+    """A `class_folder` whose images are also captioned by their colour in labels.json."""
+    class_folder(folder, per_class=per_class)
+    rows = [f"{name}/{n}.png,{name}" for name in COLOURS for n in range(per_class)]
+    (folder / "labels.json").write_text(json.dumps({row.split(",")[0]: [row.split(",")[1]] for row in rows}))
     return folder
 
 

@@ -54,6 +54,11 @@ class ClipDataset:
     def has_labels(self) -> bool:
         return bool(self.class_names)
 
+    @property
+    def is_whole_folder(self) -> bool:
+        """Whether the dataset is one folder, rather than a caption file in one or several folders."""
+        return tuple(self.roots) in ((), (str(self.folder),))
+
     def training_captions(self, index: int) -> tuple[str, ...]:
         """The captions of a sample; one that has only a class gets "a photo of a …."."""
         label = self.labels[index]

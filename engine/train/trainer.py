@@ -281,8 +281,8 @@ class Trainer:
             "kind": "validation",
             "step": self.step,
             "loss": result.loss,
-            "image_to_text_r1": result.image_to_text["r1"],
-            "text_to_image_r1": result.text_to_image["r1"],
+            "image_to_text_r1": result.image_to_text.r1,
+            "text_to_image_r1": result.text_to_image.r1,
         }
         self.log.add_validation(line)
         self.writer.chart()

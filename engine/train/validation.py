@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..data.dataset import ClipDataset
 from ..data.images.image_cache import ImageCache
 from ..errors import UserError
-from ..evaluate.encoder import BrokenModel, EncodedImages, Encoder, encode_images
+from ..evaluate.encoder import BrokenModel, EncodedImages, Encoder, Host, encode_images
 from ..evaluate.retrieval import RetrievalResult, retrieval_of
 from .setup import TrainSetup
 from .step import TrainingStep
@@ -27,9 +27,7 @@ class Validator:
             work.network,
             setup.transform.deterministic,
             setup.tokenizer,
-            setup.plan.device,
-            cache=image_cache,
-            check_cancelled=setup.callbacks.check_cancelled,
+            host=Host(check_cancelled=setup.callbacks.check_cancelled, cache=image_cache),
         )
         return cls(setup.validation, encoder, vision_trains=setup.config.towers != "text")
 
@@ -41,7 +39,7 @@ class Validator:
             images = self._images or encode_images(self.encoder, self.dataset)
             if not self.vision_trains:
                 self._images = images
-            return retrieval_of(self.encoder, self.dataset, pictures=images)
+            return retrieval_of(self.encoder, self.dataset, images=images)
         except BrokenModel as error:
             raise UserError(f"The validation at step {step} failed: {error} Try a lower learning_rate.") from error
         finally:

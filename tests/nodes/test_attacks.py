@@ -35,7 +35,9 @@ def attack(folder, **columns):
 
 def test_an_attack_with_drawn_words_is_compared_with_the_baseline(comfyui):
     result = succeed(comfyui, attack("attacked"))
-    heading, _, *rows = result["outputs"]["5"]["text"][0].splitlines()
+    accuracies, kinds = result["outputs"]["5"]["text"][0].split("\n\n")
+    assert [row.split("  ")[0] for row in accuracies.splitlines()[2:]] == ["clean", "under attack", "word wins"]
+    heading, _, *rows = kinds.splitlines()
     assert heading.split()[-2:] == ["baseline", "model"] and all(row.count("%") == 2 for row in rows)
     assert [row.split(":")[0] for row in rows] == ["clean (24)"] * 2 + ["drawn (24)"] * 3
     assert 0 <= float(result["outputs"]["6"]["text"][0]) <= 1
@@ -78,4 +80,4 @@ def test_both_models_rank_the_texts_of_an_image(comfyui):
 
 def test_a_ranking_without_texts_is_refused_in_one_sentence(comfyui):
     result = comfyui.queue(ranking(" \n"))
-    assert result["status"] == "error" and "There is no text to rank; write one a line" in json.dumps(result)
+    assert result["status"] == "error" and "There is no text to rank; write one per line" in json.dumps(result)

@@ -30,8 +30,8 @@ def test_a_dataset_gets_a_report_a_contact_sheet_and_charts(comfyui):
     (folder / "04.png").write_bytes((folder / "05.png").read_bytes())
     result = succeed(comfyui, inspection("damaged"))
     report = result["outputs"]["3"]["text"][0]
-    assert "12 pictures" in report and "1 picture is broken" in report and "04.png = 05.png" in report
-    assert "1 picture is broken" in result["texts"]["2"]
+    assert "12 images" in report and "1 image is broken" in report and "04.png = 05.png" in report
+    assert "1 image is broken" in result["texts"]["2"]
     sheet, chart = (shown_image(comfyui, result, number) for number in ("4", "5"))
     assert sheet.mode == chart.mode == "RGB" and sheet.width > 1000 and chart.size == (1024, 720)
     assert shown_image(comfyui, result, "2").size == sheet.size
@@ -54,13 +54,13 @@ def test_prepared_images_are_listed_and_load_and_the_originals_stay(comfyui):
     }
     result = succeed(comfyui, prompt)
     assert result["outputs"]["2"]["text"][0] == "photos_prepared"
-    assert "48 pictures were made from 12" in result["texts"]["1"]
+    assert "48 images were made from 12" in result["texts"]["1"]
     assert "photos_prepared" in comfyui.choices("LoadCLIPDataset", "folder")
     assert {file.name: file.read_bytes() for file in source.iterdir()} == before
     labels = json.loads((comfyui.base / "datasets/photos_prepared/labels.json").read_text())
     assert labels["00_jitter1.png"] == ["caption of 00"] and len(labels) == 48
     report = succeed(comfyui, inspection("photos_prepared"))["outputs"]["3"]["text"][0]
-    assert "48 pictures" in report and "made from 12 originals" in report and "look alike" not in report
+    assert "48 images" in report and "made from 12 originals" in report and "look alike" not in report
 
 
 def test_the_same_settings_reuse_the_folder_and_others_make_the_next_one(comfyui):
@@ -96,6 +96,9 @@ def test_cancel_leaves_nothing_behind(comfyui):
 
 
 def test_nothing_to_do_and_an_unknown_class_are_refused(comfyui):
-    for inputs, words in (({}, "Nothing is chosen"), ({"crop": "objects", "only": "unicorn"}, "knows no 'unicorn'")):
+    for inputs, words in (
+        ({}, "There is nothing to do"),
+        ({"crop": "objects", "only": "unicorn"}, "does not know 'unicorn'"),
+    ):
         result = comfyui.queue({"1": node("PrepareCLIPImages", folder="photos", **inputs)})
         assert result["status"] == "error" and words in result["error"], result

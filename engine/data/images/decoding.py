@@ -1,33 +1,29 @@
-"""Pictures from their files: RGB of 8 bits, whatever they were, or the reason why not; and as numbers for a network."""
+"""Decode image files to RGB with 8 bits per channel, and normalise pixels for a network."""
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import Tensor
 
 from ...openai import MEAN, STD
-from .image_files import TOO_LARGE, BrokenImage, MissingImage, open_bytes, open_image
+from .image_files import NOT_AN_IMAGE, TOO_LARGE, BrokenImage, MissingImage, open_bytes, open_image
 
-_LONGEST = 64  # times its shorter side
+if TYPE_CHECKING:
+    from PIL import Image
+
+_MAX_ASPECT = 64  # longer side divided by shorter side
 _ORIENTATION = 0x0112  # EXIF's tag
 
 
-def load_image(path: str | os.PathLike, image_size: int) -> Tensor:
-    """A picture as uint8 [3, image_size, image_size]: turned as its EXIF says, alpha over white, RGB, the shorter side
-    resized (bicubic, antialiased), the centre cut out. For RGB files the pixels are those of open_clip's transform.
+def decode(path: str | os.PathLike | BinaryIO, background: str = "white") -> Image.Image:
+    """Decode an image to RGB: its first frame, rotated as its EXIF says, transparency over `background`.
 
-    Raises `BrokenImage` for what cannot be decoded whole, and for pictures of a size that only an attack has.
+    `background` is a colour name or #rrggbb. Raises `BrokenImage` for a file that cannot be decoded completely, and for
+    an image of a size that only an attack has.
     """
-    from .transforms import Transform
-
-    return Transform(image_size=image_size).load(path)
-
-
-def decode(path: str | os.PathLike, background: str = "white"):
-    """A picture as PIL's RGB: the first frame, turned as its EXIF says, alpha over `background` (a colour's name or
-    #rrggbb). Raises `BrokenImage`."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
@@ -35,41 +31,42 @@ def decode(path: str | os.PathLike, background: str = "white"):
             if Image.MAX_IMAGE_PIXELS and opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
                 raise BrokenImage(TOO_LARGE)
             ImageOps.exif_transpose(opened, in_place=True)  # otherwise it copies all pixels, as convert does below
-            picture = _not_too_long(opened)
-            if picture.mode.startswith("I"):  # 16 bits, whatever Pillow calls it
-                picture = picture.point(lambda value: value / 256).convert("L")
-            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
-            picture.load()
-            return picture if picture.mode == "RGB" else picture.convert("RGB")
+            image: Image.Image = _limit_aspect(opened)
+            if image.mode.startswith("I"):  # Pillow has several modes for 16 bits, all of them beginning with I
+                image = image.point(lambda value: value / 256).convert("L")
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
     except BrokenImage:
         raise
     except FileNotFoundError as error:
         raise MissingImage("the file is not there") from error
     except UnidentifiedImageError as error:
-        raise BrokenImage("it is not a picture that Pillow can open") from error
+        raise BrokenImage(NOT_AN_IMAGE) from error
     except Image.DecompressionBombError as error:
         raise BrokenImage(TOO_LARGE) from error
-    except Exception as error:  # damaged files make Pillow's readers raise whatever they stumble over
+    except Exception as error:  # for a damaged file, Pillow's decoders raise errors of almost any type
         raise BrokenImage(f"it cannot be decoded ({error})") from error
 
 
-def decode_plain_jpeg(path: str | os.PathLike) -> Tensor | None:
-    """The pixels of `decode` as uint8 [3, h, w] from torchvision's decoder, whose bits are those of Pillow's; None for
-    what is not a whole RGB JPEG that stands upright, of an ordinary size: that is Pillow's to open, or to refuse."""
+def decode_plain_jpeg(path: str | os.PathLike | BinaryIO) -> Tensor | None:
+    """Return the pixels of `decode`, uint8 [3, h, w], from torchvision's faster decoder; its bits equal Pillow's.
+
+    Returns None for anything but a complete, upright RGB JPEG of ordinary size: that is for `decode` to open or refuse.
+    """
     try:
-        from torchvision.io import decode_jpeg  # which torchvision means to remove one day
+        from torchvision.io import decode_jpeg  # torchvision has announced that it will remove this
 
         with open_bytes(path) as file, open_image(file) as opened:
             width, height = opened.size
             upright = opened.getexif().get(_ORIENTATION, 1) == 1
-            plain = opened.format == "JPEG" and opened.mode == "RGB" and upright and _is_ordinary(width, height)
-            if not plain:
+            if opened.format != "JPEG" or opened.mode != "RGB" or not upright or not _is_ordinary(width, height):
                 return None
             file.seek(0)
             pixels = decode_jpeg(torch.frombuffer(bytearray(file.read()), dtype=torch.uint8))
-    except Exception:  # as above; `decode`, which comes next, tells the reason
+    except Exception:  # as above; `decode`, which the caller tries next, reports the reason
         return None
     return pixels if pixels.shape == (3, height, width) else None
 
@@ -77,27 +74,27 @@ def decode_plain_jpeg(path: str | os.PathLike) -> Tensor | None:
 def _is_ordinary(width: int, height: int) -> bool:
     from PIL import Image
 
-    few = not Image.MAX_IMAGE_PIXELS or width * height <= Image.MAX_IMAGE_PIXELS
-    return few and max(width, height) <= _LONGEST * min(width, height)
+    few_pixels = not Image.MAX_IMAGE_PIXELS or width * height <= Image.MAX_IMAGE_PIXELS
+    return few_pixels and max(width, height) <= _MAX_ASPECT * min(width, height)
 
 
-def _not_too_long(picture):
-    """The middle of a picture that is so long that its resized whole, of which the middle is cut, would fill memory."""
-    width, height = picture.size
-    limit = _LONGEST * min(width, height)
+def _limit_aspect(image: Image.Image) -> Image.Image:
+    """Crop an extremely long image to its centre: resized to a square's height it would fill the memory."""
+    width, height = image.size
+    limit = _MAX_ASPECT * min(width, height)
     if max(width, height) <= limit:
-        return picture
-    kept_width, kept_height = min(width, limit), min(height, limit)
-    left, top = (width - kept_width) // 2, (height - kept_height) // 2
-    return picture.crop((left, top, left + kept_width, top + kept_height))
+        return image
+    new_width, new_height = min(width, limit), min(height, limit)
+    left, top = (width - new_width) // 2, (height - new_height) // 2
+    return image.crop((left, top, left + new_width, top + new_height))
 
 
 def normalize(images_u8_bchw: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 [b, 3, s, s] to floats with OpenAI's mean and deviation, on the device where the pictures are."""
-    mean, std = (_by_channel(values, dtype, images_u8_bchw.device) for values in (MEAN, STD))
+    """Return uint8 [b, 3, s, s] as floats with OpenAI's mean and standard deviation, on the same device."""
+    mean, std = (_per_channel(values, dtype, images_u8_bchw.device) for values in (MEAN, STD))
     return (images_u8_bchw.to(dtype) / 255 - mean) / std
 
 
-def _by_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[3, 1, 1], filled in on the device: a copy from the host would be waited for."""
+def _per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return [3, 1, 1], filled on the device: copying it from the host would make the host wait."""
     return torch.stack([torch.full((1, 1), value, dtype=dtype, device=device) for value in values])

@@ -1,4 +1,4 @@
-"""The files below a folder, and which of them are pictures."""
+"""The files below a folder, and which of them are images."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .image_files import image_formats
 
 
 def walk(
-    top: str | os.PathLike, failed: Callable[[OSError], None] = lambda error: None
+    top: str | os.PathLike, on_error: Callable[[OSError], None] = lambda error: None
 ) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yield (folder, names of folders in it, names of files in it) from `top` down, as `os.walk` does.
 
     Links to folders are followed, but each real folder is listed once: two links to a folder above them would double
     the walk at every level. Remove names from the list of folders to stay out of them, or sort it to set the order.
-    `failed` gets the error of a folder that cannot be listed.
+    `on_error` gets the error of a folder that cannot be listed.
     """
     seen: set[str] = set()
     waiting = [os.fspath(top)]
@@ -38,7 +38,7 @@ def walk(
                 for entry in entries:
                     (folders if _is_folder(entry) else files).append(entry.name)
         except OSError as error:
-            failed(error)
+            on_error(error)
             continue
         yield folder, folders, files
         waiting += [os.path.join(folder, name) for name in reversed(folders)]
@@ -53,9 +53,10 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """The files below a folder that are not hidden: (path from `top`, "" for itself; the sorted names in it).
+    """The files below a folder, without hidden ones.
 
-    `closed` are the folders in it that may not be looked into.
+    `folders` pairs each folder's path from `top` ("" for `top` itself) with the sorted names of its files. `closed` are
+    folders that cannot be read.
     """
 
     top: Path
@@ -64,10 +65,10 @@ class Tree:
 
     @classmethod
     def of(cls, top: Path) -> Tree:
-        """Links are followed; a folder that is reached in two ways is listed once. Raises `UserError`."""
+        """List a folder and those below it. Raises `UserError` if it cannot be read."""
         closed: list[str] = []
 
-        def failed(error: OSError) -> None:
+        def on_error(error: OSError) -> None:
             if error.filename == str(top):
                 raise UserError(
                     f"{top} cannot be read ({error.strerror}); check that you may open it, or choose another folder."
@@ -75,36 +76,37 @@ class Tree:
             closed.append(_from_top(error.filename, top))
 
         folders = []
-        for root, below, files in walk(top, failed):
+        for root, below, files in walk(top, on_error):
             below[:] = sorted(name for name in below if not name.startswith((".", "__MACOSX")))
-            folders.append((_from_top(root, top), tuple(sorted(n for n in files if not n.startswith(".")))))
+            folders.append((_from_top(root, top), tuple(sorted(name for name in files if not name.startswith(".")))))
         return cls(top, tuple(folders), tuple(closed))
 
     def files(self, suffixes: Sequence[str] | frozenset[str]) -> Iterator[tuple[str, str]]:
-        """(folder, name) of each file with one of these extensions, in any case."""
+        """Yield (folder, name) of each file with one of these extensions; give them in lower case."""
         for folder, names in self.folders:
             yield from ((folder, name) for name in names if os.path.splitext(name)[1].lower() in suffixes)
 
     @functools.cached_property
-    def pictures(self) -> list[tuple[str, str]]:
+    def images(self) -> list[tuple[str, str]]:
+        """(folder, name) of each image."""
         return list(self.files(image_suffixes()))
 
     @functools.cached_property
     def stems(self) -> dict[str, list[str]]:
-        """The pictures, from `top`, by their names without folder and extension."""
-        found: dict[str, list[str]] = {}
-        for folder, name in self.pictures:
-            found.setdefault(os.path.splitext(name)[0], []).append(joined(folder, name))
-        return found
+        """The paths of images, from `top`, by their names without folder and extension."""
+        stems: dict[str, list[str]] = {}
+        for folder, name in self.images:
+            stems.setdefault(os.path.splitext(name)[0], []).append(joined(folder, name))
+        return stems
 
     @functools.cached_property
     def _names(self) -> dict[str, tuple[str, ...]]:
         return dict(self.folders)
 
     def is_beside_an_image(self, folder: str, name: str) -> bool:
-        """Whether there is a picture in its folder that differs from a file in the extension alone."""
+        """Return whether the folder has an image whose name differs from this file's in the extension alone."""
         names, stem = self._names[folder], os.path.splitext(name)[0] + "."
-        for other in itertools.islice(names, bisect_left(names, stem), None):
+        for other in itertools.islice(names, bisect_left(names, stem), None):  # names with this stem are adjacent
             if not other.startswith(stem):
                 return False
             if is_image(other):
@@ -112,28 +114,28 @@ class Tree:
         return False
 
     def folders_with(self, name: str) -> list[str]:
-        """The folders that hold a file of this name."""
-        return [folder for folder, names in self.folders if _holds(names, name)]
+        """Return the folders that hold a file of this name."""
+        return [folder for folder, names in self.folders if _contains(names, name)]
 
 
 def joined(folder: str, name: str) -> str:
-    """A file's path from the top of its tree, with slashes."""
+    """Return a file's path from the top of its tree, with slashes."""
     return f"{folder}/{name}" if folder else name
 
 
-def _holds(names: tuple[str, ...], name: str) -> bool:
-    place = bisect_left(names, name)
-    return place < len(names) and names[place] == name
+def _contains(names: tuple[str, ...], name: str) -> bool:
+    index = bisect_left(names, name)
+    return index < len(names) and names[index] == name
 
 
 def _from_top(folder: str, top: Path) -> str:
-    place = os.path.relpath(folder, top).replace(os.sep, "/")
-    return "" if place == "." else place
+    path = os.path.relpath(folder, top).replace(os.sep, "/")
+    return "" if path == "." else path
 
 
 @functools.cache
 def image_suffixes() -> frozenset[str]:
-    """Extensions, in lower case, of the formats in `image_formats`."""
+    """Return the extensions, in lower case, of the formats in `image_formats`."""
     from PIL import Image
 
     formats = image_formats()
@@ -141,5 +143,5 @@ def image_suffixes() -> frozenset[str]:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name is one that Pillow opens."""
+    """Return whether a file of this name is an image, by its extension."""
     return os.path.splitext(name)[1].lower() in image_suffixes()

@@ -1,7 +1,7 @@
-"""How a picture becomes the square that a network sees: the part that is always the same, and the part left to chance.
+"""Turn an image file into the square that a network sees.
 
-What is always the same (`base`) may be kept (cache.py); chance (`finish`) comes after it, so that pixels do not depend
-on whether they were kept.
+`Transform.base` is the deterministic part, whose result can be cached; `Transform.finish` is the random part. The
+pixels are the same whether or not the base comes from a cache.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import math
 import os
 import random
-from typing import Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy
 import torch
@@ -21,13 +21,16 @@ from ...errors import UserError
 from ...settings import Settings, setting
 from .decoding import decode, decode_plain_jpeg
 
-RESIZE_MODES = ("crop", "pad", "squash", "random_crop")
-RESIZE_BACKENDS = ("exact", "fast")
-# Of a picture from which random parts are taken, the middle is kept up to this many times its shorter side, and it is
-# made smaller only as far as its smallest part still fills the square, or to twice the square.
-_LONGEST_BASE, _LARGEST_BASE = 4, 2.0
-_ASPECTS = (3 / 4, 4 / 3)  # of random parts, as in torchvision's RandomResizedCrop
-_TRIES = 10
+if TYPE_CHECKING:
+    from PIL import Image
+
+    Pixels = Image.Image | Tensor  # RGB; a tensor is uint8 [3, h, w]
+
+# For random crops the base keeps the centre of the image, up to this aspect ratio, and is reduced no further than the
+# smallest crop needs to fill the square, or than twice the square.
+_MAX_BASE_ASPECT, _MAX_BASE_SCALE = 4, 2.0
+_CROP_ASPECTS = (3 / 4, 4 / 3)  # as in torchvision's RandomResizedCrop
+_CROP_TRIES = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,34 +85,18 @@ class ImagesConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Transform:
-    """From a file to uint8 [3, image_size, image_size].
+class Transform(ImagesConfig):
+    """The transform from an image file to uint8 [3, image_size, image_size] that an `ImagesConfig` describes.
 
-    `square`: crop (the shorter side resized, the centre cut out), pad (the whole picture on `background`), squash (the
-    sides resized alike, whatever their ratio) or random (a part of at least `min_crop_area` of the area). `resize`:
-    exact gives Pillow's bits; fast is torch's kernel, where a value in 300 of most pictures differs, by 1 or 2 of 255
-    (benchmarks/RESULTS.md). `jitter` is the largest change of brightness, contrast and saturation, and five times that
-    of hue.
+    resize_backend exact gives Pillow's bits. fast uses torch's kernel: in most images one value in 300 differs, by 1 or
+    2 of 255 (benchmarks/RESULTS.md).
     """
 
     image_size: int
-    resize_mode: str = "crop"
-    background: str = "white"
-    resize_backend: str = "exact"
-    min_crop_area: float = 0.5
-    horizontal_flip: bool = False
-    color_jitter: float = 0.0
 
     @classmethod
     def of(cls, config: ImagesConfig, image_size: int) -> Transform:
-        names = [field.name for field in dataclasses.fields(cls) if field.name != "image_size"]
-        return cls(image_size=image_size, **{name: getattr(config, name) for name in names})
-
-    def __post_init__(self):
-        for name, choices in (("resize_mode", RESIZE_MODES), ("resize_backend", RESIZE_BACKENDS)):
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(choices)}.")
-        _rgb(self.background)
+        return cls(image_size=image_size, **dataclasses.asdict(config))
 
     @property
     def is_random(self) -> bool:
@@ -117,167 +104,167 @@ class Transform:
 
     @property
     def deterministic(self) -> Transform:
-        """The same for validation and evaluation: nothing random, the centre in place of a random part."""
-        square = "crop" if self.resize_mode == "random_crop" else self.resize_mode
-        return dataclasses.replace(self, resize_mode=square, horizontal_flip=False, color_jitter=0.0)
+        """The transform for validation and evaluation, with a centre crop instead of a random one."""
+        mode = "crop" if self.resize_mode == "random_crop" else self.resize_mode
+        return dataclasses.replace(self, resize_mode=mode, horizontal_flip=False, color_jitter=0.0, cached_views=0)
 
     @functools.cached_property
     def base_name(self) -> str:
-        """Equal for transforms, and versions of the libraries that decode, that give the same `base`."""
+        """A name that is equal for transforms, and versions of the decoding libraries, with the same `base`."""
         import PIL
 
-        base = self.resize_mode if self.resize_mode != "random_crop" else f"random/{self._base_side}"
-        versions = f"Pillow {PIL.__version__}" + (
-            f", torch {torch.__version__}" if self.resize_backend == "fast" else ""
-        )
-        return f"1/{self.image_size}/{base}/{_rgb(self.background)}/{self.resize_backend}/{versions}"
+        mode = self.resize_mode if self.resize_mode != "random_crop" else f"random/{self._base_side}"
+        torch_version = f", torch {torch.__version__}" if self.resize_backend == "fast" else ""
+        versions = f"Pillow {PIL.__version__}{torch_version}"
+        return f"1/{self.image_size}/{mode}/{_rgb(self.background)}/{self.resize_backend}/{versions}"
 
     @property
     def augmentation_name(self) -> str:
-        """Equal for transforms that make the same of a `base` and equal chances."""
-        return (
-            f"{self.resize_mode}/{self.min_crop_area}/{self.horizontal_flip}/{self.color_jitter}"
-            if self.is_random
-            else ""
-        )
+        """A name that is equal for transforms whose `finish` does the same."""
+        if not self.is_random:
+            return ""
+        return f"{self.resize_mode}/{self.min_crop_area}/{self.horizontal_flip}/{self.color_jitter}"
 
-    def load(self, path: str | os.PathLike, chance: random.Random | None = None) -> Tensor:
-        """uint8 [3, image_size, image_size]; raises `BrokenImage`."""
-        return self.finish(self.base(path), chance)
+    def load(self, path: str | os.PathLike | BinaryIO, rng: random.Random | None = None) -> Tensor:
+        """Return uint8 [3, image_size, image_size]. Raises `BrokenImage`."""
+        return self.finish(self.base(path), rng)
 
-    def base(self, path: str | os.PathLike) -> Tensor:
-        """uint8 [3, h, w], contiguous: all that does not depend on chance; raises `BrokenImage`."""
-        picture = self._opened(path)
-        size = self.image_size
+    def base(self, path: str | os.PathLike | BinaryIO) -> Tensor:
+        """Return the result of the deterministic part, uint8 [3, h, w], contiguous. Raises `BrokenImage`."""
+        image, size = self._decode(path), self.image_size
         if self.resize_mode == "pad":
-            return self._padded(picture)
+            return self._padded(image)
         if self.resize_mode == "squash":
-            return _tensor(_resized(picture, size, size)).contiguous()
-        width, height = _size(picture)
+            return _to_tensor(_resized(image, size, size)).contiguous()
+        width, height = _size(image)
         if self.resize_mode == "crop":
-            wide, high = _with_shorter_side(width, height, size)
-            return _tensor(_centre(_resized(picture, wide, high), size, size)).contiguous()
-        limit = _LONGEST_BASE * min(width, height)
-        picture = _centre(picture, min(width, limit), min(height, limit))
-        width, height = _size(picture)
+            resized = _resized(image, *_with_shorter_side(width, height, size))
+            return _to_tensor(_centre(resized, size, size)).contiguous()
+        limit = _MAX_BASE_ASPECT * min(width, height)
+        image = _centre(image, min(width, limit), min(height, limit))
+        width, height = _size(image)
         if min(width, height) > self._base_side:
-            picture = _resized(picture, *_with_shorter_side(width, height, self._base_side))
-        return _tensor(picture).contiguous()
+            image = _resized(image, *_with_shorter_side(width, height, self._base_side))
+        return _to_tensor(image).contiguous()
 
-    def finish(self, base_chw: Tensor, chance: random.Random | None = None) -> Tensor:
-        """uint8 [3, image_size, image_size], a function of `base` and of what `chance` gives; a transform that is
-        random needs it."""
+    def finish(self, base_chw: Tensor, rng: random.Random | None = None) -> Tensor:
+        """Augment a `base`: uint8 [3, image_size, image_size]. A random transform needs an rng."""
         if not self.is_random:
             return base_chw
-        if chance is None:
-            raise ValueError("a random transform needs chance")
-        picture = base_chw
+        if rng is None:
+            raise ValueError("a random transform needs an rng")
+        image: Pixels = base_chw
         if self.resize_mode == "random_crop":
-            left, top, width, height = _random_part(*_size(base_chw), self.min_crop_area, chance)
-            part = _cut(base_chw, left, top, width, height)
-            picture = _resized(part if self.resize_backend == "fast" else _pil(part), self.image_size, self.image_size)
-        if self.horizontal_flip and chance.random() < 0.5:
-            picture = _tensor(picture).flip(2)
+            left, top, width, height = _random_box(*_size(base_chw), self.min_crop_area, rng)
+            crop = _cut(base_chw, left, top, width, height)
+            image = _resized(crop if self.resize_backend == "fast" else _to_pil(crop), self.image_size, self.image_size)
+        if self.horizontal_flip and rng.random() < 0.5:
+            image = _to_tensor(image).flip(2)
         if self.color_jitter:
-            picture = _jittered(_pil(picture), self.color_jitter, chance)
-        return _tensor(picture).contiguous()
+            image = _jittered(_to_pil(image), self.color_jitter, rng)
+        return _to_tensor(image).contiguous()
 
     @property
     def _base_side(self) -> int:
-        return math.ceil(self.image_size * min(_LARGEST_BASE, 1 / math.sqrt(self.min_crop_area)))
+        return math.ceil(self.image_size * min(_MAX_BASE_SCALE, 1 / math.sqrt(self.min_crop_area)))
 
-    def _opened(self, path: str | os.PathLike):
-        """A PIL picture or, for `fast`, a tensor [3, h, w]."""
+    def _decode(self, path: str | os.PathLike | BinaryIO) -> Pixels:
         if self.resize_backend == "exact":
             return decode(path, self.background)
         pixels = decode_plain_jpeg(path)
-        return _tensor(decode(path, self.background)) if pixels is None else pixels
+        return _to_tensor(decode(path, self.background)) if pixels is None else pixels
 
-    def _padded(self, picture) -> Tensor:
-        width, height = _size(picture)
-        size, longest = self.image_size, max(width, height)
-        wide, high = (max(1, round(side * size / longest)) for side in (width, height))
+    def _padded(self, image: Pixels) -> Tensor:
+        size, longest = self.image_size, max(_size(image))
+        width, height = (max(1, round(side * size / longest)) for side in _size(image))
         square = torch.tensor(_rgb(self.background), dtype=torch.uint8)[:, None, None].repeat(1, size, size)
-        left, top = (size - wide) // 2, (size - high) // 2
-        square[:, top : top + high, left : left + wide] = _tensor(_resized(picture, wide, high))
+        left, top = (size - width) // 2, (size - height) // 2
+        square[:, top : top + height, left : left + width] = _to_tensor(_resized(image, width, height))
         return square
 
 
 @functools.cache
-def _rgb(colour: str) -> tuple[int, int, int]:
+def _rgb(colour: str) -> tuple[int, ...]:
     from PIL import ImageColor
 
     try:
         return ImageColor.getrgb(colour)[:3]
     except ValueError as error:
-        raise UserError(f"background is {colour!r}; give a colour's name, such as white, or #808080.") from error
+        raise UserError(
+            f"background is {colour!r}; give a colour name such as white, or a code like #808080."
+        ) from error
 
 
-# ---- pictures as PIL's or as tensors [3, h, w] -----------------------------------------------------------------------
+# ---- images as PIL images or as tensors ------------------------------------------------------------------------------
 
 
-def _size(picture) -> tuple[int, int]:
-    return (picture.shape[2], picture.shape[1]) if isinstance(picture, Tensor) else picture.size
+def _size(image: Pixels) -> tuple[int, int]:
+    """Return (width, height)."""
+    return (image.shape[2], image.shape[1]) if isinstance(image, Tensor) else image.size
 
 
-def _tensor(picture) -> Tensor:
-    # Not with torchvision's functions, whose import takes seconds where the first batch is waited for.
-    return picture if isinstance(picture, Tensor) else torch.from_numpy(numpy.array(picture)).permute(2, 0, 1)
+def _to_tensor(image: Pixels) -> Tensor:
+    # torchvision has functions for this, but importing them takes seconds while the first batch is waited for.
+    return image if isinstance(image, Tensor) else torch.from_numpy(numpy.array(image)).permute(2, 0, 1)
 
 
-def _pil(picture):
+def _to_pil(image: Pixels) -> Image.Image:
     from PIL import Image
 
-    if not isinstance(picture, Tensor):
-        return picture
-    return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    if not isinstance(image, Tensor):
+        return image
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
-def _resized(picture, width: int, height: int):
-    """Bicubic, antialiased."""
+def _resized(image: Pixels, width: int, height: int) -> Pixels:
+    """Resize with antialiased bicubic interpolation."""
     from PIL import Image
 
-    if not isinstance(picture, Tensor):
-        return picture.resize((width, height), Image.Resampling.BICUBIC)
-    size = (height, width)
-    return torch.nn.functional.interpolate(picture[None], size=size, mode="bicubic", antialias=True)[0]
+    if not isinstance(image, Tensor):
+        return image.resize((width, height), Image.Resampling.BICUBIC)
+    return torch.nn.functional.interpolate(image[None], size=(height, width), mode="bicubic", antialias=True)[0]
 
 
-def _cut(picture, left: int, top: int, width: int, height: int):
-    if isinstance(picture, Tensor):
-        return picture[:, top : top + height, left : left + width]
-    return picture.crop((left, top, left + width, top + height))
+def _cut(image: Pixels, left: int, top: int, width: int, height: int) -> Pixels:
+    if isinstance(image, Tensor):
+        return image[:, top : top + height, left : left + width]
+    return image.crop((left, top, left + width, top + height))
 
 
-def _centre(picture, width: int, height: int):
-    whole_width, whole_height = _size(picture)
-    return _cut(picture, round((whole_width - width) / 2), round((whole_height - height) / 2), width, height)
+def _centre(image: Pixels, width: int, height: int) -> Pixels:
+    whole_width, whole_height = _size(image)
+    return _cut(image, round((whole_width - width) / 2), round((whole_height - height) / 2), width, height)
 
 
 def _with_shorter_side(width: int, height: int, side: int) -> tuple[int, int]:
     return (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
 
 
-# ---- chance ----------------------------------------------------------------------------------------------------------
+# ---- augmentation ----------------------------------------------------------------------------------------------------
 
 
-def _random_part(width: int, height: int, share: float, chance: random.Random) -> tuple[int, int, int, int]:
-    """(left, top, width, height) of a part with at least this share of the area; where none of the usual aspects fits,
-    the middle, as much of it as has one."""
-    for _ in range(_TRIES):
-        area = width * height * chance.uniform(share, 1.0)
-        aspect = math.exp(chance.uniform(*map(math.log, _ASPECTS)))
+def _random_box(width: int, height: int, min_area: float, rng: random.Random) -> tuple[int, int, int, int]:
+    """Return (left, top, width, height) of a random crop with at least this share of the area.
+
+    If no crop of a usual aspect ratio fits, it is the largest centre crop that has one.
+    """
+    for _ in range(_CROP_TRIES):
+        area = width * height * rng.uniform(min_area, 1.0)
+        aspect = math.exp(rng.uniform(*map(math.log, _CROP_ASPECTS)))
         wide, high = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < wide <= width and 0 < high <= height:
-            return int(chance.random() * (width - wide + 1)), int(chance.random() * (height - high + 1)), wide, high
-    wide, high = min(width, round(height * _ASPECTS[1])), min(height, round(width / _ASPECTS[0]))
+            return int(rng.random() * (width - wide + 1)), int(rng.random() * (height - high + 1)), wide, high
+    wide, high = min(width, round(height * _CROP_ASPECTS[1])), min(height, round(width / _CROP_ASPECTS[0]))
     return (width - wide) // 2, (height - high) // 2, wide, high
 
 
-def _jittered(picture, strength: float, chance: random.Random):
-    """In whole numbers throughout (Pillow's), so that the bits do not depend on how sums are split over threads."""
+def _jittered(image: Image.Image, strength: float, rng: random.Random) -> Image.Image:
+    """Change brightness, contrast, saturation and hue, as torchvision's ColorJitter does.
+
+    On PIL images these functions compute in whole numbers, so bits do not depend on how sums are split over threads.
+    """
     from torchvision.transforms import functional as transforms
 
     for adjust in (transforms.adjust_brightness, transforms.adjust_contrast, transforms.adjust_saturation):
-        picture = adjust(picture, chance.uniform(max(0.0, 1 - strength), 1 + strength))
-    return transforms.adjust_hue(picture, chance.uniform(-strength / 5, strength / 5))
+        image = adjust(image, rng.uniform(max(0.0, 1 - strength), 1 + strength))
+    return transforms.adjust_hue(image, rng.uniform(-strength / 5, strength / 5))

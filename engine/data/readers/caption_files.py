@@ -90,14 +90,14 @@ def _read_single(file: Path, format_name: str, columns: Columns) -> ParsedCaptio
 
 def _nothing_read(tree: Tree, refusals: dict[str, str]) -> str:
     reasons = list(dict.fromkeys(reason for reason in refusals.values() if reason))
-    if not tree.pictures:
+    if not tree.images:
         shown = f" ({reasons[0]})" if reasons else ""
         return f"{tree.top} holds no images{shown}; choose the folder that your captioned images are in."
     if len(refusals) == 1:
         ((name, reason),) = refusals.items()
         return f"{tree.top} cannot be read as {name}{': ' if reason else ''}{reason}; choose auto, or another folder."
     shown = f" ({'; '.join(reasons)})" if reasons else ""
-    return f"{tree.top} holds {len(tree.pictures)} images but no captions for them{shown}: give {_WAYS_TO_CAPTION}."
+    return f"{tree.top} holds {len(tree.images)} images but no captions for them{shown}: give {_WAYS_TO_CAPTION}."
 
 
 class _Reader:

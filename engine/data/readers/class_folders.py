@@ -10,7 +10,7 @@ _SPLIT_NAMES = frozenset(("train", "training", "test", "testing", "val", "valid"
 
 
 def read_class_folders(tree: Tree) -> ParsedCaptions | str:
-    folders = list(dict.fromkeys(folder for folder, _ in tree.pictures))
+    folders = list(dict.fromkeys(folder for folder, _ in tree.images))
     depths = {folder.count("/") + 1 if folder else 0 for folder in folders}
     top_folders = list(dict.fromkeys(folder.split("/")[0] for folder in folders))
     only_splits = all(folder.lower().rstrip("0123456789") in _SPLIT_NAMES for folder in top_folders)
@@ -22,8 +22,8 @@ def read_class_folders(tree: Tree) -> ParsedCaptions | str:
     return ParsedCaptions(
         format="folders",
         reason="each subfolder is a class of images",
-        names=[joined(folder, name) for folder, name in tree.pictures],
-        captions=[""] * len(tree.pictures),
-        classes=[folder.replace("_", " ") for folder, _ in tree.pictures],
-        origins=[str(tree.top)] * len(tree.pictures),
+        names=[joined(folder, name) for folder, name in tree.images],
+        captions=[""] * len(tree.images),
+        classes=[folder.replace("_", " ") for folder, _ in tree.images],
+        origins=[str(tree.top)] * len(tree.images),
     )

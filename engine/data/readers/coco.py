@@ -61,7 +61,7 @@ def coco_file_beside(folder: Path) -> Path:
 def read_coco_beside(tree: Tree) -> ParsedCaptions | str:
     """Read the captions of a folder of images that was opened without the folder `annotations` beside it."""
     file = coco_file_beside(tree.top)
-    if not file.is_file() or not tree.pictures:
+    if not file.is_file() or not tree.images:
         return ""
     captions = read_coco(file, Source(tree))
     if isinstance(captions, str):

@@ -31,7 +31,7 @@ def read_sidecars(tree: Tree) -> ParsedCaptions | str:
         files_by_stem.setdefault(stem, []).append(os.path.join(folder, name))
     captions: list[str] = []
     errors: list[str] = []
-    for folder, name in tree.pictures:
+    for folder, name in tree.images:
         lines: list[str] = []
         for file in files_by_stem.get(os.path.join(folder, os.path.splitext(name)[0]), ()):
             try:
@@ -44,10 +44,10 @@ def read_sidecars(tree: Tree) -> ParsedCaptions | str:
     return ParsedCaptions(
         format="sidecar",
         reason="there are caption files beside the images",
-        names=[joined(folder, name) for folder, name in tree.pictures],
+        names=[joined(folder, name) for folder, name in tree.images],
         captions=captions,
         origins=[str(tree.top)] * len(captions),
-        repeats=_repeats(tree, [folder for (folder, _), lines in zip(tree.pictures, captions, strict=True) if lines]),
+        repeats=_repeats(tree, [folder for (folder, _), lines in zip(tree.images, captions, strict=True) if lines]),
         notes=[_unread_note(errors)] if errors else [],
     )
 
@@ -72,7 +72,7 @@ def _repeats(tree: Tree, captioned_folders: Iterable[str]) -> list[int] | None:
         if match is None:
             return None
         repeats[folder] = int(match[1])
-    return [repeats.get(folder, 1) for folder, _ in tree.pictures]
+    return [repeats.get(folder, 1) for folder, _ in tree.images]
 
 
 def write_sidecar(samples: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:

@@ -1,13 +1,11 @@
-"""Captions into another format, in a new place, with the pictures, so that what is written opens as a data set."""
+"""Write a dataset's captions in another format, with its images, so that the result opens as a dataset."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ...errors import UserError
@@ -17,11 +15,12 @@ from ..load import load_dataset
 from ..originals import HEADER as ORIGINALS_HEADER
 from ..originals import NAME as ORIGINALS
 from ..readers.registry import WRITERS, CaptionWriter
+from .output import new_output, refuse_inside
 
 
 @dataclasses.dataclass(frozen=True)
 class _Sample:
-    """A picture's file, its name in the new place, and its captions."""
+    """An image file, its name in the output, and its captions."""
 
     path: Path
     name: str
@@ -36,140 +35,124 @@ def convert_captions(
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """Write a data set's captions as `to`, one of `WRITERS`, and say in sentences what was done.
+    """Write a dataset's captions in one of `WRITERS`, and return notes on what was done.
 
-    `out` is a new folder, which gets the pictures too: as hard links where they can be made, else as copies; or a new
-    file (.json, .jsonl or .csv), which gets the captions alone. The source is not touched. What was written is read
-    back before it is moved to its place. Raises `UserError`.
+    `out` is a new folder, which gets the images too, as hard links where possible; or a new file (.json, .jsonl or
+    .csv), which gets the captions alone. The source does not change. What was written is read back and compared before
+    it is moved to `out`. Raises `UserError`.
     """
-    place = Path(out)
+    path = Path(out)
     if to not in WRITERS:
         raise UserError(f"Captions cannot be written as {to!r}; choose {', '.join(WRITERS)}.")
-    target = WRITERS[to]
-    alone = bool(target.file_name) and place.suffix.lower() == Path(target.file_name).suffix
-    _refuse(dataset, place, alone)
-    samples, notes = _samples(
-        dataset, unique_stems=not target.file_name, start=place.absolute().parent if alone else None
-    )
-    with _new_place(place, alone) as beside:
-        if alone:
-            _write_file(beside, target, samples)
-            notes += _where(dataset, place, samples)
+    format = WRITERS[to]
+    is_file = bool(format.file_name) and path.suffix.lower() == Path(format.file_name).suffix
+    if os.path.lexists(path) and (is_file or not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} is already there; choose a name that is not taken.")
+    refuse_inside(dataset, path)
+    top = path.absolute().parent if is_file else None
+    samples, notes = _samples(dataset, top, unique_stems=not format.file_name)
+    with new_output(path, is_file=is_file) as part:
+        if top is not None:
+            _write_captions(part, format, samples)
+            if not all((top / sample.name).is_file() for sample in samples[:100]):
+                notes.append(f"Its image names are relative to {dataset.folder}; move it there to use it.")
         else:
-            notes += _write_folder(beside, target, samples, dataset, on_progress)
-        _read_back(beside, to, samples)
+            notes += _write_folder(part, format, samples, dataset, on_progress)
+        _check(part, to, samples)
     captions = sum(len(sample.captions) for sample in samples)
-    return [f"Wrote {captions} captions of {len(samples)} pictures to {place}.", *notes]
+    return [f"Wrote {captions} captions of {len(samples)} images to {path}.", *notes]
 
 
-def _refuse(dataset: ClipDataset, place: Path, alone: bool) -> None:
-    if os.path.lexists(place) and (alone or not place.is_dir() or any(place.iterdir())):
-        raise UserError(f"{place} is already there; choose a name that is not taken.")
-    whole_folder = dataset.roots in ((), (str(dataset.folder),))  # and not a caption file, which others may lie beside
-    if whole_folder and place.resolve().is_relative_to(dataset.folder.resolve()):
-        raise UserError(f"{place} is inside the data set {dataset.folder}, which stays as it is; choose another place.")
+def _samples(dataset: ClipDataset, top: Path | None, *, unique_stems: bool) -> tuple[list[_Sample], list[str]]:
+    """Return what to write, and notes.
 
-
-def _samples(dataset: ClipDataset, *, unique_stems: bool, start: Path | None) -> tuple[list[_Sample], list[str]]:
-    """What is written, with names from `start` where pictures lie below it, else from the data set's folder."""
+    Names are relative to `top`, the folder of a new caption file, where images lie below it, else to the dataset's
+    folder. Without `top` images are written too, so that missing ones are left out.
+    """
     missing, taken, samples = set(dataset.missing()), set[str](), []
     for index in range(len(dataset)):
-        if index in missing and start is None:
+        if index in missing and top is None:
             continue
         path = dataset.path(index)
-        if row_of(path) is not None and start is not None:
+        if row_of(path) is not None and top is not None:
             raise UserError(
-                f"{dataset.name} has its pictures inside Parquet files, where other programs do not find them; give a "
-                "new folder, which gets the pictures too."
+                f"{dataset.name} has its images inside Parquet files, where other programs do not find them. Give a "
+                "new folder instead of a file; it gets the images too."
             )
         try:
-            name = _free(_name(dataset, path, start), taken, unique_stems)
-        except BrokenImage:  # a row without a picture
+            name = _unique(_name(dataset, path, top), taken, unique_stems)
+        except BrokenImage:  # a row without an image
             missing.add(index)
             continue
         samples.append(_Sample(path, name, dataset.training_captions(index), index))
     if not samples:
-        raise UserError(f"{dataset.folder} has none of the pictures that its captions are of; nothing was written.")
-    notes = [f"{len(missing)} pictures are not there and are left out."] if missing and start is None else []
+        raise UserError(f"All images that the captions of {dataset.folder} name are missing; nothing was written.")
+    notes = [f"{len(missing)} images are missing and are left out."] if missing and top is None else []
     if dataset.has_labels:
         notes.append(f"Classes are written as captions, such as {samples[0].captions[0]!r}.")
     return samples, notes
 
 
-def _name(dataset: ClipDataset, path: Path, start: Path | None) -> str:
-    tops = [*([start] if start else []), dataset.folder, *map(Path, dataset.roots)]
-    top = next((top for top in tops if path.is_relative_to(top)), path.parent)
+def _name(dataset: ClipDataset, path: Path, top: Path | None) -> str:
+    tops = [*([top] if top else []), dataset.folder, *map(Path, dataset.roots)]
+    start = next((folder for folder in tops if path.is_relative_to(folder)), path.parent)
     if (row := row_of(path)) is not None:
         file = Path(file_of(str(path)))
-        return f"{file.relative_to(top).with_suffix('').as_posix()}_{row:06}{suffix_of(path)}"
-    return path.relative_to(top).as_posix()
+        return f"{file.relative_to(start).with_suffix('').as_posix()}_{row:06}{suffix_of(path)}"
+    return path.relative_to(start).as_posix()
 
 
-def _free(name: str, taken: set[str], unique_stems: bool) -> str:
-    """The name, numbered if another sample has it; for sidecars, if the text of another has."""
+def _unique(name: str, taken: set[str], unique_stems: bool) -> str:
+    """Return the name, with a number if another sample has it; for sidecars, if it would share its text file."""
     stem, suffix = os.path.splitext(name)
-    found, number = name, 1
-    while (key := os.path.splitext(found)[0] if unique_stems else found) in taken:
+    numbered, number = name, 1
+    while (key := os.path.splitext(numbered)[0] if unique_stems else numbered) in taken:
         number += 1
-        found = f"{stem}_{number}{suffix}"
+        numbered = f"{stem}_{number}{suffix}"
     taken.add(key)
-    return found
+    return numbered
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _new_place(place: Path, alone: bool) -> Iterator[Path]:
-    """A hidden folder or file beside the place, moved there in the end; gone if something is raised."""
-    target = place.absolute()
-    beside = target.with_name(f".{secrets.token_hex(4)}.part{target.suffix if alone else ''}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not alone:
-            beside.mkdir()
-        yield beside
-        if target.is_dir():
-            target.rmdir()  # an empty one, which Windows does not replace
-        os.replace(beside, target)
-    except OSError as error:
-        raise UserError(f"{place} cannot be written ({error.strerror}); choose another place.") from error
-    finally:
-        beside.unlink(missing_ok=True) if alone else shutil.rmtree(beside, ignore_errors=True)
-
-
 def _write_folder(
     folder: Path,
-    to: CaptionWriter,
+    format: CaptionWriter,
     samples: Sequence[_Sample],
     dataset: ClipDataset,
     on_progress: Callable[[int, int], None],
 ) -> list[str]:
+    """Write images and captions, and return notes."""
     linked = 0
     for done, sample in enumerate(samples, 1):
-        target = folder / sample.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        linked += _link_or_copy(sample.path, target)
-        if not to.file_name:
-            _write_file(target.with_suffix(".txt"), to, [sample])
+        image = folder / sample.name
+        image.parent.mkdir(parents=True, exist_ok=True)
+        linked += _link_or_copy(sample.path, image)
+        if not format.file_name:
+            _write_captions(image.with_suffix(".txt"), format, [sample])
         on_progress(done, len(samples))
-    if to.file_name:
-        _write_file(folder / _file_name(to, samples), to, samples)
+    if format.file_name:
+        _write_captions(folder / _caption_file_name(format, samples), format, samples)
     if any(dataset.originals):
         _write_originals(folder, samples, dataset)
-    notes = _how_placed(linked, len(samples) - linked)
-    if any(count > 1 for count in dataset.repeats) and to.file_name:
-        notes.append("How often a picture comes in an epoch is not kept: only folders of text files can say it.")
+    notes = []
+    if linked:
+        notes.append(f"{linked} images are hard links: they are the source's own files and take no extra space.")
+    if linked < len(samples):
+        notes.append(f"{len(samples) - linked} images were copied.")
+    if any(count > 1 for count in dataset.repeats) and format.file_name:
+        notes.append("The repeats of images are lost: only folders with a text file per image can express them.")
     return notes
 
 
 def _link_or_copy(source: Path, target: Path) -> bool:
-    """True if the picture is a hard link; another disk, a file system without them, or one in a row needs a copy."""
+    """Return whether the image became a hard link. Across disks, and for rows of a file, it is a copy."""
     if row_of(source) is not None:
         with open_bytes(source) as file:
             target.write_bytes(file.read())
         return False
-    real = os.path.realpath(source)  # of a symbolic link, what it leads to
+    real = os.path.realpath(source)  # link to the file itself, not to a symbolic link
     try:
         os.link(real, target)
     except OSError:
@@ -178,19 +161,10 @@ def _link_or_copy(source: Path, target: Path) -> bool:
     return True
 
 
-def _how_placed(linked: int, copied: int) -> list[str]:
-    notes = []
-    if linked:
-        notes.append(f"{linked} pictures are hard links: they take no room, and are the source's own files.")
-    if copied:
-        notes.append(f"{copied} pictures were copied.")
-    return notes
-
-
-def _file_name(to: CaptionWriter, samples: Sequence[_Sample]) -> str:
-    """A JSON with a picture's name would be taken for that picture's own."""
-    name, taken = Path(to.file_name), {os.path.splitext(sample.name)[0] for sample in samples}
-    return name.name if name.stem not in taken else f"{name.stem}_of_all{name.suffix}"
+def _caption_file_name(format: CaptionWriter, samples: Sequence[_Sample]) -> str:
+    """Return a name that no image shares: a JSON beside an image of its name would be read as that image's own."""
+    name, stems = Path(format.file_name), {os.path.splitext(sample.name)[0] for sample in samples}
+    return name.name if name.stem not in stems else f"{name.stem}_of_all{name.suffix}"
 
 
 def _write_originals(folder: Path, samples: Sequence[_Sample], dataset: ClipDataset) -> None:
@@ -202,21 +176,14 @@ def _write_originals(folder: Path, samples: Sequence[_Sample], dataset: ClipData
     (folder / ORIGINALS).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _write_file(file: Path, to: CaptionWriter, samples: Sequence[_Sample]) -> None:
+def _write_captions(file: Path, format: CaptionWriter, samples: Sequence[_Sample]) -> None:
     with open(file, "w", encoding="utf-8", newline="\n") as stream:
-        stream.writelines(to.write([(sample.name, sample.captions) for sample in samples]))
+        stream.writelines(format.write([(sample.name, sample.captions) for sample in samples]))
 
 
-# ---- afterwards ------------------------------------------------------------------------------------------------------
-
-
-def _where(dataset: ClipDataset, place: Path, samples: Sequence[_Sample]) -> list[str]:
-    if all((place.absolute().parent / sample.name).is_file() for sample in samples[:100]):
-        return []
-    return [f"Its names start from {dataset.folder}: it is of use where these pictures are."]
-
-
-def _read_back(place: Path, to: str, samples: Sequence[_Sample]) -> None:
-    found = load_dataset(place, to)
-    if dict(zip(found.names, found.captions, strict=True)) != {sample.name: sample.captions for sample in samples}:
-        raise UserError("What was written does not read back as it was; nothing is kept. Please report this as a bug.")
+def _check(path: Path, to: str, samples: Sequence[_Sample]) -> None:
+    written = load_dataset(path, to)
+    if dict(zip(written.names, written.captions, strict=True)) != {item.name: item.captions for item in samples}:
+        raise UserError(
+            "The written captions do not read back as they should, so they were removed. Please report this bug."
+        )

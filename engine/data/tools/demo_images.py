@@ -1,7 +1,7 @@
-"""Captioned pictures that the demo draws for itself: coloured shapes, with captions that tell true facts.
+"""Captioned images that the demo draws: coloured shapes, with captions that state true facts.
 
-Each picture shows one to four shapes of one kind. Every caption names colour and shape, and some combinations of the
-two are kept for the held-out split, so that no caption stands in both splits.
+Each image shows one to four shapes of one kind. Every caption names colour and shape, and some combinations of the two
+are reserved for the held-out split, so that no caption is in both splits.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import json
 import math
 import random
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Style = Literal["plain", "shifted"]
 Split = Literal["train", "held_out"]
@@ -31,7 +34,7 @@ BACKGROUNDS = {"white": (245, 245, 245), "black": (18, 18, 18), "gray": (128, 12
 TEXTURES = ("plain", "striped", "dotted")
 SIZES = {"small": 0.10, "medium": 0.14, "large": 0.19}
 COUNTS = ("one", "two", "three", "four")
-PLACES = {
+POSITIONS = {
     "in the top left": (0.28, 0.28),
     "in the top right": (0.72, 0.28),
     "in the middle": (0.5, 0.5),
@@ -39,68 +42,69 @@ PLACES = {
     "in the bottom right": (0.72, 0.72),
 }
 IMAGE_SIZE = 48
-HELD_OUT_EVERY = 4  # of the combinations of colour and shape, one in so many
+HELD_OUT_EVERY = 4  # one in so many combinations of colour and shape
 
 
 class Facts(NamedTuple):
-    """What a picture shows."""
+    """What an image shows."""
 
     colour: str
     shape: str
-    count: int
+    number: int
     size: str
     texture: str
-    place: str
+    position: str
     background: str
 
 
 def combinations(split: Split) -> list[tuple[str, str]]:
-    """The combinations of colour and shape of a split; every colour and every shape is in both."""
-    found = []
+    """Return the combinations of colour and shape of a split; every colour and every shape is in both splits."""
+    pairs = []
     for row, colour in enumerate(COLOURS):
         for column, shape in enumerate(SHAPES):
             held_out = (row + column) % HELD_OUT_EVERY == 0
             if held_out == (split == "held_out"):
-                found.append((colour, shape))
-    return found
+                pairs.append((colour, shape))
+    return pairs
 
 
 def captions_of(facts: Facts) -> list[str]:
-    """Every caption that is written of such a picture; pictures that show the same facts have the same captions."""
-    noun = facts.shape if facts.count == 1 else {"cross": "crosses"}.get(facts.shape, facts.shape + "s")
-    number = COUNTS[facts.count - 1]
+    """Return all captions of an image that shows these facts."""
+    noun = facts.shape if facts.number == 1 else {"cross": "crosses"}.get(facts.shape, facts.shape + "s")
+    number = COUNTS[facts.number - 1]
+    detailed = f"{number} {facts.size} {facts.texture} {facts.colour} {noun} {facts.position}"
     return [
-        f"{number} {facts.size} {facts.texture} {facts.colour} {noun} {facts.place} on a {facts.background} background",
+        f"{detailed} on a {facts.background} background",
         f"a picture of {number} {facts.colour} {noun}",
         f"{facts.texture} {facts.colour} {noun} on {facts.background}",
-        f"{facts.size} {facts.colour} {noun} {facts.place}",
+        f"{facts.size} {facts.colour} {noun} {facts.position}",
     ]
 
 
 def draw_demo_dataset(folder: Path, *, count: int, seed: int, style: Style, split: Split) -> Path:
-    """Draw `count` pictures into `folder`/images and their captions into `folder`/labels.json; returns `folder`."""
+    """Draw `count` images into `folder`/images, write their captions to `folder`/labels.json, and return `folder`."""
     labels = {}
     for index in range(count):
-        facts, chance = _facts(index, seed, style, split)
+        facts, rng = _facts(index, seed, style, split)
         name = f"images/{index:04}.png"
-        _save(folder / name, draw(facts, style, chance))
+        _save(folder / name, draw(facts, style, rng))
         labels[name] = captions_of(facts)
     (folder / "labels.json").write_text(json.dumps(labels, indent=1), encoding="utf-8")
     return folder
 
 
 def draw_demo_classes(folder: Path, *, count: int, seed: int, style: Style, split: Split) -> Path:
-    """The same pictures as `draw_demo_dataset` draws, in a subfolder for each combination of colour and shape."""
+    """Draw the same images as `draw_demo_dataset`, in a subfolder for each combination of colour and shape."""
     for index in range(count):
-        facts, chance = _facts(index, seed, style, split)
-        _save(folder / f"{facts.colour} {facts.shape}" / f"{index:04}.png", draw(facts, style, chance))
+        facts, rng = _facts(index, seed, style, split)
+        _save(folder / f"{facts.colour} {facts.shape}" / f"{index:04}.png", draw(facts, style, rng))
     return folder
 
 
-def _save(path: Path, picture) -> None:
-    """Write the picture unless it is there already: a run knows its data by the files' times."""
+def _save(path: Path, image: Image.Image) -> None:
+    """Write the image unless it is there already: a new file time would make it other data for a run."""
     encoded = io.BytesIO()
-    picture.save(encoded, "PNG")
+    image.save(encoded, "PNG")
     if path.is_file() and path.read_bytes() == encoded.getvalue():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,64 +112,64 @@ def _save(path: Path, picture) -> None:
 
 
 def _facts(index: int, seed: int, style: Style, split: Split) -> tuple[Facts, random.Random]:
-    chance = random.Random(f"{seed} {style} {split} {index}")
+    rng = random.Random(f"{seed} {style} {split} {index}")
     pairs = combinations(split)
     colour, shape = pairs[index % len(pairs)]
     facts = Facts(
         colour,
         shape,
-        chance.randint(1, 4),
-        chance.choice(list(SIZES)),
-        chance.choice(TEXTURES),
-        chance.choice(list(PLACES)),
-        chance.choice(list(BACKGROUNDS)),
+        rng.randint(1, 4),
+        rng.choice(list(SIZES)),
+        rng.choice(TEXTURES),
+        rng.choice(list(POSITIONS)),
+        rng.choice(list(BACKGROUNDS)),
     )
-    return facts, chance
+    return facts, rng
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------
 
 
-def draw(facts: Facts, style: Style, chance: random.Random):
-    """The picture (RGB). The shifted style is a faded, tilted drawing in outlines on noisy paper, slightly blurred."""
+def draw(facts: Facts, style: Style, rng: random.Random) -> Image.Image:
+    """Draw an RGB image. The shifted style is a faded, tilted outline drawing on noisy paper, slightly blurred."""
     from PIL import Image, ImageFilter
 
-    scale = 4  # drawn larger and scaled down, for smooth edges
+    scale = 4  # drawn larger and reduced, for smooth edges
     side = IMAGE_SIZE * scale
-    ground, ink = BACKGROUNDS[facts.background], _vary(COLOURS[facts.colour], 14, chance)
-    picture = Image.new("RGB", (side, side), _vary(ground, 8, chance))
-    mask = _shapes_mask(facts, style, side, chance)
-    picture.paste(_ink(facts, style, ink, side), (0, 0), mask)
+    ground, ink = BACKGROUNDS[facts.background], _vary(COLOURS[facts.colour], 14, rng)
+    image = Image.new("RGB", (side, side), _vary(ground, 8, rng))
+    mask = _shapes_mask(facts, style, side, rng)
+    image.paste(_ink(facts, style, ink, side), (0, 0), mask)
     if style == "shifted":
-        picture = picture.rotate(chance.uniform(-12, 12), Image.Resampling.BICUBIC, fillcolor=picture.getpixel((0, 0)))
-        picture = Image.blend(picture, Image.new("RGB", picture.size, (170, 130, 70)), 0.45)
-    picture = picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+        image = image.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, fillcolor=image.getpixel((0, 0)))
+        image = Image.blend(image, Image.new("RGB", image.size, (170, 130, 70)), 0.45)
+    image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
     if style == "shifted":
-        picture = _noise(picture.filter(ImageFilter.GaussianBlur(0.6)), chance)
-    return picture
+        image = _noise(image.filter(ImageFilter.GaussianBlur(0.6)), rng)
+    return image
 
 
-def _vary(colour: tuple[int, int, int], by: int, chance: random.Random) -> tuple[int, ...]:
-    return tuple(min(255, max(0, value + chance.randint(-by, by))) for value in colour)
+def _vary(colour: tuple[int, int, int], by: int, rng: random.Random) -> tuple[int, ...]:
+    return tuple(min(255, max(0, value + rng.randint(-by, by))) for value in colour)
 
 
-def _noise(picture, chance: random.Random):
+def _noise(image: Image.Image, rng: random.Random) -> Image.Image:
     import numpy
     from PIL import Image
 
-    grain = numpy.random.default_rng(chance.getrandbits(32)).normal(0, 22, (*picture.size, 3))
-    return Image.fromarray((numpy.asarray(picture) + grain).clip(0, 255).astype("uint8"))
+    grain = numpy.random.default_rng(rng.getrandbits(32)).normal(0, 22, (*image.size, 3))
+    return Image.fromarray((numpy.asarray(image) + grain).clip(0, 255).astype("uint8"))
 
 
-def _shapes_mask(facts: Facts, style: Style, side: int, chance: random.Random):
-    """Where the shapes are, as an L picture; in the shifted style only their outlines and a thin filling."""
+def _shapes_mask(facts: Facts, style: Style, side: int, rng: random.Random) -> Image.Image:
+    """Return a greyscale mask of the shapes; in the shifted style, their outlines with a faint filling."""
     from PIL import Image, ImageDraw
 
     mask = Image.new("L", (side, side), 0)
     pen = ImageDraw.Draw(mask)
     radius = SIZES[facts.size] * side
-    for x, y in _centres(facts, side, radius, chance):
-        turn = chance.uniform(-0.25, 0.25)
+    for x, y in _centres(facts, side, radius, rng):
+        turn = rng.uniform(-0.25, 0.25)
         outline = [(x + radius * px, y + radius * py) for px, py in _outline(facts.shape, turn)]
         thick = max(2, round(radius * 0.22))
         if facts.shape == "ring":
@@ -175,16 +179,16 @@ def _shapes_mask(facts: Facts, style: Style, side: int, chance: random.Random):
     return mask
 
 
-def _centres(facts: Facts, side: int, radius: float, chance: random.Random) -> list[tuple[float, float]]:
-    """Places for the shapes around the picture's named place, apart from each other and inside the picture."""
-    px, py = PLACES[facts.place]
-    spread = min(radius * 1.15, side * 0.17) if facts.count > 1 else 0.0
-    start = chance.uniform(0, 2 * math.pi)
+def _centres(facts: Facts, side: int, radius: float, rng: random.Random) -> list[tuple[float, float]]:
+    """Return centres for the shapes around the named position, apart from each other and inside the image."""
+    px, py = POSITIONS[facts.position]
+    spread = min(radius * 1.15, side * 0.17) if facts.number > 1 else 0.0
+    start = rng.uniform(0, 2 * math.pi)
     centres = []
-    for number in range(facts.count):
-        angle = start + 2 * math.pi * number / facts.count
+    for number in range(facts.number):
+        angle = start + 2 * math.pi * number / facts.number
         x, y = (
-            middle * side + spread * wave + chance.uniform(-0.02, 0.02) * side
+            middle * side + spread * wave + rng.uniform(-0.02, 0.02) * side
             for middle, wave in ((px, math.cos(angle)), (py, math.sin(angle)))
         )
         edge = radius * 1.02
@@ -193,7 +197,7 @@ def _centres(facts: Facts, side: int, radius: float, chance: random.Random) -> l
 
 
 def _outline(shape: str, turn: float) -> list[tuple[float, float]]:
-    """The shape's corners around (0, 0), about within the unit circle."""
+    """Return the shape's corners around (0, 0), roughly within the unit circle."""
     if shape in ("circle", "ring"):
         polar = [(1.0, 2 * math.pi * step / 48) for step in range(48)]
     elif shape == "square":
@@ -210,12 +214,12 @@ def _outline(shape: str, turn: float) -> list[tuple[float, float]]:
     return [(length * math.cos(angle + turn), length * math.sin(angle + turn)) for length, angle in polar]
 
 
-def _ink(facts: Facts, style: Style, ink: tuple[int, ...], side: int):
-    """A ground of the shapes' colour, with its texture."""
+def _ink(facts: Facts, style: Style, ink: tuple[int, ...], side: int) -> Image.Image:
+    """Return a square of the shapes' colour and texture, which the mask cuts the shapes out of."""
     from PIL import Image, ImageDraw
 
-    picture = Image.new("RGB", (side, side), ink)
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (side, side), ink)
+    pen = ImageDraw.Draw(image)
     dark = tuple(value * 45 // 100 for value in ink)
     step = side // 22 if style == "plain" else side // 14
     if facts.texture == "striped":
@@ -226,4 +230,4 @@ def _ink(facts: Facts, style: Style, ink: tuple[int, ...], side: int):
         for x in range(0, side, step):
             for y in range(0, side, step):
                 pen.ellipse((x - dot, y - dot, x + dot, y + dot), fill=dark)
-    return picture
+    return image

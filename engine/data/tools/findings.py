@@ -1,70 +1,70 @@
-"""What `inspect_dataset` found in plain English, and what to do about it."""
+"""What `inspect_dataset` found, in plain English, and what to do about it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy
 
 from .inspect import Inspection
 
-_SHOWN = 8  # names of a list
-_SMALL = 224  # pixels; what most CLIPs see
-_UNEVEN = 10  # times as many pictures in the largest class as in the smallest
+_SHOWN = 8  # examples per finding
+_SMALL = 224  # pixels; the image size of most CLIPs
+_UNEVEN = 10  # ratio of the largest class to the smallest
 
 
-def report_text(found: Inspection) -> str:
-    """What the data set is, then a paragraph for each thing to mend with the first few names; then notes."""
-    findings = advice(found) or ["Nothing needs mending."]
-    return "\n\n".join(["\n".join(_facts(found)), *findings, *found.notes])
+def report_text(inspection: Inspection) -> str:
+    """Return what the dataset is, a paragraph for each finding, and the dataset's notes."""
+    findings = advice(inspection) or ["Nothing needs fixing."]
+    return "\n\n".join(["\n".join(_facts(inspection)), *findings, *inspection.notes])
 
 
-def advice(found: Inspection) -> list[str]:
-    """A paragraph for each finding: what it is, what to do, and examples, a line each."""
+def advice(inspection: Inspection) -> list[str]:
+    """Return a paragraph for each finding: what it is, what to do, and examples, one a line."""
     checks = (
         _broken,
         _missing,
         _without_captions,
         _unnamed,
-        _cut,
-        _exact,
-        _near,
-        _repeated,
+        _truncated,
+        _exact_duplicates,
+        _near_duplicates,
+        _repeated_captions,
         _small,
         _uneven,
     )
-    return [words for check in checks if (words := check(found))]
+    return [finding for check in checks if (finding := check(inspection))]
 
 
 # ---- facts -----------------------------------------------------------------------------------------------------------
 
 
-def _facts(found: Inspection) -> list[str]:
-    lines = [f"{found.name}: {_count(found.images, 'picture')} ({found.reason})."]
-    if found.originals < found.images:
-        lines.append(f"They were made from {_count(found.originals, 'original')}.")
-    if len(found.sizes):
-        widths, heights = found.sizes.T.tolist()
-        low, high = min(zip(widths, heights, strict=True), key=min), max(zip(widths, heights, strict=True), key=min)
-        ratios = found.sizes[:, 0] / found.sizes[:, 1]
+def _facts(inspection: Inspection) -> list[str]:
+    lines = [f"{inspection.name}: {_count(inspection.images, 'image')} ({inspection.reason})."]
+    if inspection.originals < inspection.images:
+        lines.append(f"They were made from {_count(inspection.originals, 'original')}.")
+    if len(inspection.sizes):
+        sizes = inspection.sizes.tolist()
+        smallest, largest = min(sizes, key=min), max(sizes, key=min)
+        ratios = inspection.sizes[:, 0] / inspection.sizes[:, 1]
         lines.append(
-            f"Sizes: from {low[0]} × {low[1]} to {high[0]} × {high[1]} pixels; width by height from "
-            f"{ratios.min():.2f} to {ratios.max():.2f}, in the middle {numpy.median(ratios):.2f}."
+            f"Sizes: from {smallest[0]} × {smallest[1]} to {largest[0]} × {largest[1]} pixels; width divided by height "
+            f"from {ratios.min():.2f} to {ratios.max():.2f}, median {numpy.median(ratios):.2f}."
         )
-    if found.captions:
-        short, middle, long = caption_lengths(found)
-        lines.append(f"Captions: {found.captions}, of {short} to {long} tokens, in the middle {middle}.")
-    if found.classes:
-        counts = found.classes.values()
-        lines.append(f"Classes: {len(counts)}, with {min(counts)} to {max(counts)} pictures each.")
+    if inspection.captions:
+        shortest, median, longest = caption_lengths(inspection)
+        lines.append(f"Captions: {inspection.captions}, of {shortest} to {longest} tokens, median {median}.")
+    if inspection.classes:
+        counts = inspection.classes.values()
+        lines.append(f"Classes: {len(counts)}, with {min(counts)} to {max(counts)} images each.")
     return lines
 
 
-def caption_lengths(found: Inspection) -> tuple[int, int, int]:
-    """(shortest, median, longest) caption in tokens; zeros where there is none."""
-    if not found.token_counts:
+def caption_lengths(inspection: Inspection) -> tuple[int, int, int]:
+    """Return the (shortest, median, longest) caption in tokens; zeros if there is none."""
+    if not inspection.token_counts:
         return 0, 0, 0
-    lengths, counts = zip(*sorted(found.token_counts.items()), strict=True)
+    lengths, counts = zip(*sorted(inspection.token_counts.items()), strict=True)
     half = numpy.searchsorted(numpy.cumsum(counts), sum(counts) / 2)
     return lengths[0], lengths[int(half)], lengths[-1]
 
@@ -72,10 +72,10 @@ def caption_lengths(found: Inspection) -> tuple[int, int, int]:
 # ---- findings --------------------------------------------------------------------------------------------------------
 
 
-def _broken(found: Inspection) -> str:
-    gone = set(found.missing)
-    broken = [f"{item.file}: {item.reason}" for item in found.broken if item.file not in gone]
-    return _finding(
+def _broken(inspection: Inspection) -> str:
+    missing = set(inspection.missing)
+    broken = [f"{item.file}: {item.reason}" for item in inspection.broken if item.file not in missing]
+    return _about_images(
         broken,
         "is broken and left out of training",
         "are broken and left out of training",
@@ -83,123 +83,127 @@ def _broken(found: Inspection) -> str:
     )
 
 
-def _missing(found: Inspection) -> str:
-    return _finding(
-        found.missing,
+def _missing(inspection: Inspection) -> str:
+    return _about_images(
+        inspection.missing,
         "has a caption but is not there",
         "have a caption but are not there",
-        "Put the files where the captions say, or take them out of the caption file:",
+        "Put the files where the captions say, or remove them from the caption file:",
     )
 
 
-def _without_captions(found: Inspection) -> str:
-    return _finding(
-        found.without_captions,
+def _without_captions(inspection: Inspection) -> str:
+    return _about_images(
+        inspection.without_captions,
         "has neither caption nor class",
         "have neither caption nor class",
-        "Nothing can be learnt from them; write captions, or remove them:",
+        "Nothing can be learned from them; write captions, or remove them:",
     )
 
 
-def _unnamed(found: Inspection) -> str:
-    return _finding(
-        found.unnamed,
-        "in the folder is not in this data set",
-        "in the folder are not in this data set",
-        "They have no caption; write some if they are to be learnt:",
+def _unnamed(inspection: Inspection) -> str:
+    return _about_images(
+        inspection.unnamed,
+        "in the folder is not in this dataset",
+        "in the folder are not in this dataset",
+        "They have no caption; write some to train on them:",
     )
 
 
-def _cut(found: Inspection) -> str:
-    if not found.truncated_captions:
+def _truncated(inspection: Inspection) -> str:
+    count = inspection.truncated_captions
+    if not count:
         return ""
     return (
-        f"{_count(found.truncated_captions, 'caption')} of {found.captions} "
-        f"{'is' if found.truncated_captions == 1 else 'are'} longer than the {found.context_length} tokens that CLIP "
-        f"reads, and the end is cut off (the longest is of {found.longest_caption}). Put what matters first, shorten "
-        "them, or train a model with context_length 248."
+        f"{_count(count, 'caption')} of {inspection.captions} {_be(count)} longer than the {inspection.context_length} "
+        f"tokens that CLIP reads, and the end is cut off (the longest is that of {inspection.longest_caption}). Put "
+        "what matters first, shorten them, or train a model with context_length 248."
     )
 
 
-def _exact(found: Inspection) -> str:
-    if not found.exact_duplicates:
+def _exact_duplicates(inspection: Inspection) -> str:
+    if not inspection.exact_duplicates:
         return ""
-    more = sum(len(group) - 1 for group in found.exact_duplicates)
-    words = (
-        f"{_count(more, 'picture')} too many: the same file is there under several names. Keep one of each and give it "
-        "all the captions; else the training takes equal pictures for different ones:"
+    extra = sum(len(group) - 1 for group in inspection.exact_duplicates)
+    text = (
+        f"{_count(extra, 'image')} too many: the same file is there under several names. Keep one of each and give it "
+        "all the captions; otherwise the training treats equal images as different ones:"
     )
-    return "\n".join([words, *_listed([" = ".join(_cut_names(group)) for group in found.exact_duplicates])])
+    return _with_examples(text, (" = ".join(_shortened(group)) for group in inspection.exact_duplicates))
 
 
-def _near(found: Inspection) -> str:
-    if not found.near_duplicates:
+def _near_duplicates(inspection: Inspection) -> str:
+    if not inspection.near_duplicates:
         return ""
-    words = (
-        f"{_count(len(found.near_duplicates), 'group')} of pictures that look alike (resized, saved again, or shot in "
-        "a row). Look at them; if they are one picture, keep the best, so that no copy of a training picture is among "
-        "those for validation:"
+    text = (
+        f"{_count(len(inspection.near_duplicates), 'group')} of images that look alike (resized, saved again, or shot "
+        "in a row). Look at them. If they are one image, keep the best, so that no copy of a training image is used "
+        "for validation:"
     )
-    return "\n".join([words, *_listed([" ~ ".join(_cut_names(group)) for group in found.near_duplicates])])
+    return _with_examples(text, (" ~ ".join(_shortened(group)) for group in inspection.near_duplicates))
 
 
-def _repeated(found: Inspection) -> str:
-    if not found.repeated:
+def _repeated_captions(inspection: Inspection) -> str:
+    count = inspection.repeated
+    if not count:
         return ""
-    words = (
-        f"{_count(found.repeated, 'caption')} {'is' if found.repeated == 1 else 'are'} that of several pictures. The "
-        "training counts them all as right, but a caption that fits many pictures teaches little about each; write "
-        "what sets them apart:"
+    text = (
+        f"{_count(count, 'caption')} {_be(count)} shared by several images. The training counts all of those images as "
+        "correct, but a caption that fits many images teaches little about each. Write what sets them apart:"
     )
-    examples = [f"{count} pictures: {_short(text)}" for text, count in found.repeated_captions.items()]
-    return "\n".join([words, *_listed(examples, found.repeated)])
+    examples = (f"{images} images: {_cut(caption)}" for caption, images in inspection.repeated_captions.items())
+    return _with_examples(text, examples, count)
 
 
-def _small(found: Inspection) -> str:
-    small = int((found.sizes.min(1) < _SMALL).sum()) if len(found.sizes) else 0
-    if not small:
+def _small(inspection: Inspection) -> str:
+    count = int((inspection.sizes.min(1) < _SMALL).sum()) if len(inspection.sizes) else 0
+    if not count:
         return ""
     return (
-        f"{_count(small, 'picture')} {'has' if small == 1 else 'have'} a side below {_SMALL} pixels and will be "
-        "enlarged for most CLIPs. That does no harm for drawings and icons; replace photographs by larger ones where "
-        "you can."
+        f"{_count(count, 'image')} {'has' if count == 1 else 'have'} a side below {_SMALL} pixels and will be enlarged "
+        "for most CLIPs. This does no harm for drawings and icons; replace photographs by larger ones where you can."
     )
 
 
-def _uneven(found: Inspection) -> str:
-    if len(found.classes) < 2 or max(found.classes.values()) < _UNEVEN * max(min(found.classes.values()), 1):
+def _uneven(inspection: Inspection) -> str:
+    classes = inspection.classes
+    if len(classes) < 2 or max(classes.values()) < _UNEVEN * max(min(classes.values()), 1):
         return ""
-    most, fewest = (choose(found.classes, key=found.classes.get) for choose in (max, min))
+    most, fewest = (choose(classes, key=lambda name: classes[name]) for choose in (max, min))
     return (
-        f"The classes are uneven: {most} has {_count(found.classes[most], 'picture')}, {fewest} "
-        f"{found.classes[fewest]}. The training sees the large ones more often; add pictures to the small ones, or "
-        "take some out of the large ones."
+        f"The classes are uneven: {most} has {_count(classes[most], 'image')}, {fewest} {classes[fewest]}. The "
+        "training sees the large ones more often. Add images to the small ones, or remove some from the large ones."
     )
 
 
-# ---- words -----------------------------------------------------------------------------------------------------------
+# ---- text ------------------------------------------------------------------------------------------------------------
 
 
-def _finding(items: Sequence[str], one: str, several: str, what_to_do: str) -> str:
+def _about_images(items: Sequence[str], one: str, several: str, what_to_do: str) -> str:
     if not items:
         return ""
-    return "\n".join(
-        [f"{_count(len(items), 'picture')} {one if len(items) == 1 else several}. {what_to_do}", *_listed(items)]
-    )
+    return _with_examples(f"{_count(len(items), 'image')} {one if len(items) == 1 else several}. {what_to_do}", items)
 
 
-def _listed(items: Sequence[str], total: int | None = None) -> list[str]:
-    more = (total or len(items)) - min(len(items), _SHOWN)
-    return [f"  {item}" for item in items[:_SHOWN]] + ([f"  … and {more} more"] if more else [])
+def _with_examples(text: str, examples: Iterable[str], total: int | None = None) -> str:
+    """Return the text with the first examples; `total` is the number of all, if there are more than those given."""
+    items = list(examples)
+    hidden = (total or len(items)) - min(len(items), _SHOWN)
+    lines = [text, *(f"  {item}" for item in items[:_SHOWN])]
+    return "\n".join(lines + ([f"  … and {hidden} more"] if hidden else []))
 
 
-def _cut_names(group: Sequence[str]) -> list[str]:
+def _shortened(group: Sequence[str]) -> list[str]:
     return [*group[:4], f"… and {len(group) - 4} more"] if len(group) > 5 else list(group)
 
 
-def _short(text: str) -> str:
+def _cut(text: str) -> str:
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _be(number: int) -> str:
+    return "is" if number == 1 else "are"

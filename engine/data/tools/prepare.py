@@ -1,23 +1,22 @@
-"""A new data set out of another: colour-jittered and mirrored copies, centre squares, squares around objects.
+"""Prepare a dataset: write a new one with copies, mirrored copies and crops of another one's images.
 
-The source is never touched. Each picture's origin goes into `originals.tsv`, so that copies of one picture are right
-answers for each other's captions and stay on one side of a validation split.
+The source is never changed. `originals.tsv` records which image each new one was made from, so that copies of one image
+count as correct matches of each other's captions, and a validation split keeps them together.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import io
 import json
 import os
 import re
-import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import torch
 
@@ -26,18 +25,22 @@ from .. import originals
 from ..dataset import ClipDataset
 from ..images.decoding import BrokenImage, decode
 from ..images.image_files import file_of, open_bytes, open_image, row_of, suffix_of
+from ..images.paths import relative
 from ..threads import in_threads
-from .crops import jittered, mirror, parts_of
-from .detection import Detector, coco_classes, load_detector, parse_classes
-from .prepare_settings import ALL, OBJECTS, SAFE, Preparation
-from .prepared_names import NewNames
+from .detection import Box, Detector, coco_classes, load_detector, parse_classes
+from .output import new_output, refuse_inside
+from .variants import Preparation, crops_of, jittered, mirrored
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 LABELS = "labels.json"
-RECORD = ".prepared.json"  # hidden, so that no reader of captions opens it
+RECORD = ".prepared.json"  # hidden, so that no caption reader opens it
 JPEG_QUALITY = 95
 _JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
+_MAX_NAME_BYTES = 200  # file systems allow 255, and suffixes such as _jitter1 are added
 _EXAMPLES = 3
-# Words that are wrong of a mirrored picture.
+# Words that are wrong for a mirrored image.
 _SIDES = re.compile(
     r"\b(left|right)(most|wards?|[- ]?(hand(ed)?|side|facing))?\b|\b(anti|counter)?-?clockwise\b", re.IGNORECASE
 )
@@ -45,11 +48,12 @@ _SIDES = re.compile(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """The new folder; how many pictures are in it, and of how many originals; pictures that were left out, with the
-    reason; sentences for the user. `made_before`: the folder was there already, made of the same pictures alike."""
+    """A prepared dataset: its folder, the number of its images and of their originals, the (name, reason) of each image
+    that was left out, and notes. `made_before`: the folder was there already, made from the same images and settings.
+    """
 
     folder: Path
-    pictures: int = 0
+    images: int = 0
     originals: int = 0
     left_out: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
@@ -68,14 +72,14 @@ def prepare_images(
     on_note: Callable[[str], None] = lambda note: None,
     check_cancelled: Callable[[], None] = lambda: None,
 ) -> Prepared:
-    """Write a new data set to `target`, whole or not at all; it opens with `load_dataset`.
+    """Write a new dataset folder, completely or not at all.
 
-    A `target` that exists is refused; with `number_if_taken` the next free name (name_2, name_3, …) is taken, or the
-    folder that was made of the same pictures with the same settings. `detector` replaces the one of the settings.
-    Raises `UserError`.
+    If `target` exists it is refused. With `number_if_taken` the folder is instead one that was made from the same
+    images with the same settings, or else the next free of name_2, name_3 and so on. `detector` replaces the one that
+    the settings name. Raises `UserError`.
     """
     target = Path(target)
-    _refuse_inside(dataset, target)
+    refuse_inside(dataset, target)
     record = {"settings": dataclasses.asdict(settings), "source": dataset.fingerprint()}
     if number_if_taken:
         target = _next_free(target, record)
@@ -83,192 +87,248 @@ def prepare_images(
             return Prepared(folder=target, made_before=True)
     elif os.path.lexists(target):
         raise UserError(f"{target} is already there; choose a name that is not taken.")
-    wanted = _wanted(settings) if settings.crop == OBJECTS else frozenset()  # checked before anything is downloaded
-    if settings.crop == OBJECTS and detector is None:
-        detector = load_detector(settings.detector, device, on_note)
-    with _new_folder(target) as beside:
-        maker = _Maker(dataset, beside, target, settings, detector, wanted)
-        prepared = maker.run(on_progress, check_cancelled)
-        (beside / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
-    return dataclasses.replace(prepared, folder=target)
+    wanted: frozenset[str] = frozenset()
+    if settings.crop == "objects":
+        wanted = _wanted(settings)  # checked before anything is downloaded
+        detector = detector or load_detector(settings.detector, device, on_note)
+    with new_output(target) as folder:
+        variants = _VariantWriter(dataset, folder, settings, _one_at_a_time(detector), wanted)
+        prepared = _write_dataset(variants, target, on_progress, check_cancelled)
+        (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return prepared
 
 
-def _next_free(target: Path, record: dict) -> Path:
-    """The first of name, name_2, name_3, … that does not exist, or holds what would be written there."""
-    number, place = 1, target
-    while os.path.lexists(place) and _recorded(place) != record:
+def _next_free(target: Path, record: dict[str, object]) -> Path:
+    """Return the first of name, name_2, name_3 and so on that does not exist, or was made with this record."""
+    number, path = 1, target
+    while os.path.lexists(path) and _record_in(path) != record:
         number += 1
-        place = target.with_name(f"{target.name}_{number}")
-    return place
+        path = target.with_name(f"{target.name}_{number}")
+    return path
 
 
-def _recorded(folder: Path) -> dict | None:
+def _record_in(folder: Path) -> object:
     try:
         return json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not a folder that was prepared
+    except (OSError, ValueError):  # not a prepared folder
         return None
 
 
-@contextlib.contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A hidden folder beside the target, moved there in the end; gone if something is raised."""
-    place = target.absolute()
-    beside = place.with_name(f".{secrets.token_hex(4)}.part")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        beside.mkdir()
-        yield beside
-        os.rename(beside, place)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"The disk is full: {target} could not be written and nothing of it is left; free some space and try "
-                "again."
-            ) from error
-        reason = error.strerror or error
-        raise UserError(f"{target} could not be written ({reason}); choose another place.") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
 def _wanted(settings: Preparation) -> frozenset[str]:
-    """The classes of objects that squares are cut around."""
+    """Return the classes of objects to cut out."""
     wanted = (parse_classes(settings.only) or frozenset(coco_classes())) - parse_classes(settings.never)
     if not wanted:
-        raise UserError(f"All of only ({settings.only}) is also in never ({settings.never}); take one of them out.")
+        raise UserError(f"All of only ({settings.only}) is also in never ({settings.never}); remove one of them.")
     return wanted
 
 
-def _refuse_inside(dataset: ClipDataset, target: Path) -> None:
-    """Nothing is written into the source; what lies beside a single caption file is not all of it."""
-    whole = tuple(dataset.roots) in ((), (str(dataset.folder),))
-    if whole and target.resolve().is_relative_to(dataset.folder.resolve()):
-        raise UserError(f"{target} is inside {dataset.folder}, which stays as it is; choose a place outside of it.")
+def _one_at_a_time(detector: Detector | None) -> Callable[[Image.Image], list[Box]]:
+    """Return the detector for use in several threads: one call fills the GPU, or all CPU cores, by itself."""
+    lock = threading.Lock()
+
+    def detect(image: Image.Image) -> list[Box]:
+        with lock:
+            return detector(image) if detector is not None else []
+
+    return detect
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- the dataset -----------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _Made:
-    """What became of one sample: the names of the new pictures with their captions, or why there is none."""
+def _write_dataset(
+    variants: _VariantWriter,
+    target: Path,
+    on_progress: Callable[[int, int], None],
+    check_cancelled: Callable[[], None],
+) -> Prepared:
+    """Write images, labels and originals of the dataset that will be at `target`."""
+    dataset, settings, folder = variants.dataset, variants.settings, variants.folder
+    count, left_out, used_originals = 0, [], set()
+    sided = _SidedCaptions()
+    with (
+        open(folder / originals.NAME, "w", encoding="utf-8", newline="\n") as originals_file,
+        contextlib.closing(_LabelsFile(folder / LABELS)) as labels,
+        contextlib.closing(in_threads(variants.write, variants.stems(), ahead=16)) as results,
+    ):
+        originals_file.write(originals.HEADER + "\n")
+        for done, result in enumerate(results, 1):
+            check_cancelled()
+            if result.reason:
+                left_out.append((dataset.names[result.index], result.reason))
+            for name, captions in result.files:
+                originals_file.write(f"{name}\t{result.original}\n")
+                labels.add(name, captions)
+            if result.files:
+                count += len(result.files)
+                used_originals.add(result.original)
+                sided.add(dataset.captions[result.index])
+            on_progress(done, len(dataset))
+    if not count:
+        name, reason = left_out[0] if left_out else (dataset.name, "it is empty")
+        raise UserError(
+            f"No image could be made from {dataset.name} (for example {name}: {reason}); nothing was written."
+        )
+    notes = [f"{count} images were made from {len(used_originals)}."]
+    if left_out:
+        name, reason = left_out[0]
+        notes.append(f"{len(left_out)} images were left out, for example {name}: {reason}.")
+    notes += sided.notes(settings)
+    if dataset.has_labels and dataset.has_captions:
+        notes.append(
+            f"The captions are in {LABELS}, and the folders are the classes; choose captions: folders to open the "
+            "dataset by class."
+        )
+    return Prepared(
+        folder=target,
+        images=count,
+        originals=len(used_originals),
+        left_out=tuple(left_out),
+        notes=tuple(notes),
+    )
+
+
+class _SidedCaptions:
+    """Captions that mention a side, counted, with the first few."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.examples: list[str] = []
+
+    def add(self, captions: tuple[str, ...]) -> None:
+        sided = [text for text in captions if _SIDES.search(text)]
+        self.count += len(sided)
+        self.examples += [repr(text[:80]) for text in sided[: _EXAMPLES - len(self.examples)]]
+
+    def notes(self, settings: Preparation) -> Iterator[str]:
+        examples = "; ".join(self.examples)
+        if self.count and settings.flip == "all":
+            yield (
+                f"{self.count} captions mention a side and are wrong for the mirrored copies: {examples}. Choose flip: "
+                "safe, or correct them."
+            )
+        elif self.count and settings.flip == "safe":
+            yield f"{self.count} captions mention a side and were not given to mirrored copies: {examples}."
+
+
+class _LabelsFile:
+    """A labels JSON, written entry by entry; not created if no image has a caption."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.stream: TextIO | None = None
+
+    def add(self, name: str, captions: tuple[str, ...]) -> None:
+        if not captions:
+            return
+        separator = ","
+        if self.stream is None:
+            self.stream, separator = open(self.path, "w", encoding="utf-8", newline="\n"), "{"
+        entry = f"{json.dumps(name, ensure_ascii=False)}: {json.dumps(list(captions), ensure_ascii=False)}"
+        self.stream.write(f"{separator}\n {entry}")
+
+    def close(self) -> None:
+        if self.stream is not None:
+            with self.stream:
+                self.stream.write("\n}\n")
+
+
+# ---- the images ------------------------------------------------------------------------------------------------------
+
+
+class _Written(NamedTuple):
+    """The files made from one sample with their captions, or the reason why there are none."""
 
     index: int
+    original: str  # relative to the new folder
     files: tuple[tuple[str, tuple[str, ...]], ...] = ()
     reason: str = ""
 
 
-class _Maker:
-    """Writes all pictures of one data set into the folder `beside`, which will be `target`."""
+class _VariantWriter:
+    """Writes the variants of each sample's image into a folder, under names of which no two are the same."""
 
     def __init__(
         self,
         dataset: ClipDataset,
-        beside: Path,
-        target: Path,
+        folder: Path,
         settings: Preparation,
-        detector: Detector | None,
+        detect: Callable[[Image.Image], list[Box]],
         wanted: frozenset[str],
     ):
-        self.dataset, self.beside, self.target, self.settings = dataset, beside, target, settings
-        self.detector, self.detecting = detector, threading.Lock()
-        self.wanted = wanted
-        self.names = NewNames()
+        self.dataset, self.folder, self.settings = dataset, folder, settings
+        self.detect, self.wanted = detect, wanted
+        self._names = _UniqueNames()
 
-    def run(self, on_progress: Callable[[int, int], None], check_cancelled: Callable[[], None]) -> Prepared:
-        made, left_out, found_in, sided = 0, [], set(), _Sided()
-        count = len(self.dataset)
-        plan = ((index, self.names.stem(self._name(index), self._suffix(index))) for index in range(count))
-        with (
-            open(self.beside / originals.NAME, "w", encoding="utf-8", newline="\n") as origins,
-            contextlib.closing(_Labels(self.beside / LABELS)) as labels,
-            contextlib.closing(in_threads(lambda job: self._make(*job), plan, ahead=16)) as results,
-        ):
-            origins.write(originals.HEADER + "\n")
-            for done, result in enumerate(results, 1):
-                check_cancelled()
-                if result.reason:
-                    left_out.append((self.dataset.names[result.index], result.reason))
-                original = self._original(result.index)
-                for name, captions in result.files:
-                    origins.write(f"{name}\t{original}\n")
-                    labels.add(name, captions)
-                if result.files:
-                    made += len(result.files)
-                    found_in.add(original)
-                    sided.note(self.dataset.captions[result.index])
-                on_progress(done, count)
-        if not made:
-            raise UserError(_none_made(self.dataset, left_out))
-        return Prepared(
-            folder=self.target,
-            pictures=made,
-            originals=len(found_in),
-            left_out=tuple(left_out),
-            notes=tuple(self._notes(made, len(found_in), left_out, sided)),
-        )
+    def stems(self) -> Iterator[tuple[int, str]]:
+        """Yield each sample with the beginning of its variants' names: folders, and the file name without extension."""
+        names = _UniqueNames()
+        for index in range(len(self.dataset)):
+            suffix = self._suffix(index)
+            unique = names.take(_safe_stem(self._name(index)), suffix)
+            yield index, unique.removesuffix(suffix)
 
-    def _make(self, index: int, stem: str) -> _Made:
-        """Write the pictures of one sample."""
-        try:
-            picture = decode(self.dataset.path(index))
-        except BrokenImage as error:
-            return _Made(index, reason=str(error))
-        if _breaks_lines(self._original(index)):
-            return _Made(index, reason="its name holds a line break, which originals.tsv cannot hold; rename it")
-        parts = parts_of(picture, self.settings, self._detect, self.wanted)
-        if not parts:
-            return _Made(index, reason="no object was found in it")
+    def write(self, item: tuple[int, str]) -> _Written:
+        index, stem = item
         captions = self.dataset.captions[index]
-        safe = tuple(text for text in captions if not _SIDES.search(text))
+        original = relative(os.path.abspath(self.dataset.original(index)), str(self.folder))
+        try:
+            image = decode(self.dataset.path(index))
+        except BrokenImage as error:
+            return _Written(index, original, reason=str(error))
+        if _breaks_table(original):
+            return _Written(index, original, reason="its name contains a tab or line break; rename it")
+        crops = crops_of(image, self.settings, self.detect, self.wanted)
+        if not crops:
+            return _Written(index, original, reason="no object was found in it")
         files = []
-        for part in parts:
-            whole = picture if part.square is None else picture.crop(part.square)
-            files.append((self._save(whole, index, stem + part.suffix, verbatim=part.square is None), captions))
+        for crop in crops:
+            base = stem + crop.suffix
+            cropped = image if crop.square is None else image.crop(crop.square)
+            files.append((self._save(cropped, index, base, is_whole=crop.square is None), captions))
             for number in range(1, self.settings.jitter_copies + 1):
-                copy = jittered(whole, self.settings, f"{stem}{part.suffix}/{number}")
-                files.append((self._save(copy, index, f"{stem}{part.suffix}_jitter{number}"), captions))
-            if self._mirrors(captions, safe):
-                mirrored = safe if self.settings.flip == SAFE else captions
-                files.append((self._save(mirror(whole), index, f"{stem}{part.suffix}_mirrored"), mirrored))
-        return _Made(index, tuple(files))
+                copy = jittered(cropped, self.settings, f"{base}/{number}")
+                files.append((self._save(copy, index, f"{base}_jitter{number}"), captions))
+            if (mirrored_captions := self._mirrored_captions(captions)) is not None:
+                files.append((self._save(mirrored(cropped), index, f"{base}_mirrored"), mirrored_captions))
+        return _Written(index, original, tuple(files))
 
-    def _detect(self, picture):
-        with self.detecting:  # one at a time: a detector fills the device, or all cores, by itself
-            return self.detector(picture)
+    def _mirrored_captions(self, captions: tuple[str, ...]) -> tuple[str, ...] | None:
+        """Return the captions of a mirrored copy, or None if there is to be no copy."""
+        if self.settings.flip == "safe":
+            safe = tuple(text for text in captions if not _SIDES.search(text))
+            return safe if safe or not captions else None
+        return captions if self.settings.flip == "all" else None
 
-    def _mirrors(self, captions: tuple[str, ...], safe: tuple[str, ...]) -> bool:
-        if self.settings.flip == SAFE:
-            return bool(safe) or not captions
-        return self.settings.flip == ALL
+    def _save(self, image: Image.Image, index: int, stem: str, *, is_whole: bool = False) -> str:
+        """Write one image and return its name. JPEGs stay JPEGs, the rest becomes PNG.
 
-    def _save(self, picture, index: int, stem: str, *, verbatim: bool = False) -> str:
-        """Write one picture and return its name from the new folder. JPEGs stay JPEGs, all else becomes PNG; a whole
-        picture that stands upright is copied byte by byte."""
-        path, suffix = self.dataset.path(index), self._suffix(index)
-        whole = verbatim and _stands_upright(path)
-        name = self.names.file(stem, suffix_of(path) if whole else suffix)
-        place = self.beside / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if whole:
-            with open_bytes(path) as source, open(place, "wb") as target:
-                shutil.copyfileobj(source, target)
+        A whole image that is upright already is copied byte by byte.
+        """
+        source, suffix = self.dataset.path(index), self._suffix(index)
+        copy = is_whole and _is_upright(source)
+        name = self._names.take(stem, suffix_of(source) if copy else suffix)
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if copy:
+            with open_bytes(source) as file, open(path, "wb") as output:
+                shutil.copyfileobj(file, output)
             return name
-        encoded = io.BytesIO()  # Pillow itself does not tell a full disk from other failures
+        encoded = io.BytesIO()  # written below: Pillow's own errors do not say that the disk is full
         if suffix == ".png":
-            picture.save(encoded, "PNG")
+            image.save(encoded, "PNG")
         else:
-            picture.save(encoded, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-        place.write_bytes(encoded.getbuffer())
+            image.save(encoded, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+        path.write_bytes(encoded.getbuffer())
         return name
 
     def _suffix(self, index: int) -> str:
-        """Of what is encoded anew: that of a JPEG, else .png."""
+        """Return the extension of variants that are encoded again: that of a JPEG, or .png."""
         suffix = os.path.splitext(self.dataset.names[index])[1].lower()
         return suffix if suffix in _JPEG_SUFFIXES else ".png"
 
     def _name(self, index: int) -> str:
-        """Where the new picture lies in the new folder: in that of its class, else as in the source."""
+        """Return a sample's path in the new folder: in the folder of its class, or else as in the source."""
         name = os.path.normpath(self.dataset.names[index].replace("\\", "/")).replace(os.sep, "/")
         if (row := row_of(name)) is not None:
             name = f"{os.path.splitext(file_of(name))[0]}_{row:06}"
@@ -281,86 +341,43 @@ class _Maker:
             return "/".join(parts)
         return f"{class_name.replace('/', '_')}/{parts[-1]}"
 
-    def _original(self, index: int) -> str:
-        """The path of the picture that a sample was made from in the first place, from the new folder."""
-        original = os.path.abspath(self.dataset.original(index))
-        try:
-            return os.path.relpath(original, self.target.absolute()).replace(os.sep, "/")
-        except ValueError:  # on another drive of Windows
-            return original.replace(os.sep, "/")
 
-    # ---- words -----------------------------------------------------------------------------------------------------
+class _UniqueNames:
+    """Names of which no two are the same, even where upper and lower case are the same. Safe to use from threads."""
 
-    def _notes(self, made: int, from_originals: int, left_out: list[tuple[str, str]], sided: _Sided) -> Iterator[str]:
-        yield f"{made} pictures were made from {from_originals}."
-        if left_out:
-            name, reason = left_out[0]
-            yield f"{len(left_out)} pictures were left out, for example {name}: {reason}."
-        if sided.count and self.settings.flip == ALL:
-            yield (
-                f"{sided.count} captions name a side and are wrong of the mirrored copies: {sided.examples}. Choose "
-                f"flip: {SAFE}, or correct them."
-            )
-        elif sided.count and self.settings.flip == SAFE:
-            yield f"{sided.count} captions name a side and were not given to mirrored copies: {sided.examples}."
-        if self.dataset.has_labels and self.dataset.has_captions:
-            yield (
-                f"The captions are in {LABELS}, the classes are the folders: choose captions: folders to open them by "
-                "class."
-            )
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+        self._lock = threading.Lock()
+
+    def take(self, stem: str, suffix: str) -> str:
+        with self._lock:
+            number, name = 1, stem + suffix
+            while name.casefold() in self._taken:
+                number += 1
+                name = f"{stem}_{number}{suffix}"
+            self._taken.add(name.casefold())
+            return name
 
 
-class _Labels:
-    """labels.json, written as it goes; no such file where no picture has a caption."""
-
-    def __init__(self, file: Path):
-        self.file, self.stream = file, None
-
-    def add(self, name: str, captions: tuple[str, ...]) -> None:
-        if not captions:
-            return
-        if self.stream is None:
-            self.stream = open(self.file, "w", encoding="utf-8", newline="\n")
-        start = "{" if self.stream.tell() == 0 else ","
-        entry = f"{json.dumps(name, ensure_ascii=False)}: {json.dumps(list(captions), ensure_ascii=False)}"
-        self.stream.write(f"{start}\n {entry}")
-
-    def close(self) -> None:
-        if self.stream is not None:
-            with self.stream:
-                self.stream.write("\n}\n")
+def _safe_stem(name: str) -> str:
+    """Return a name without extension, with characters replaced that some file systems, or a table, cannot hold."""
+    folder, _, file = name.rpartition("/")
+    stem = _safe(os.path.splitext(file)[0]).encode("utf-8", "replace")[:_MAX_NAME_BYTES].decode("utf-8", "ignore")
+    stem = stem.lstrip(".") or "image"
+    return f"{_safe(folder)}/{stem}" if folder else stem
 
 
-class _Sided:
-    """Captions that name a side, counted, with the first few."""
-
-    def __init__(self):
-        self.count, self.first = 0, []
-
-    def note(self, captions: tuple[str, ...]) -> None:
-        for text in captions:
-            if _SIDES.search(text):
-                self.count += 1
-                if len(self.first) < _EXAMPLES:
-                    self.first.append(text[:80])
-
-    @property
-    def examples(self) -> str:
-        return "; ".join(repr(text) for text in self.first)
+def _safe(text: str) -> str:
+    return "".join(letter if letter.isprintable() and letter not in '\\:*?"<>|' else "_" for letter in text)
 
 
-def _none_made(dataset: ClipDataset, left_out: list[tuple[str, str]]) -> str:
-    name, reason = left_out[0] if left_out else (dataset.name, "it is empty")
-    return f"Of {dataset.name} no picture could be made (for example {name}: {reason}); nothing was written."
-
-
-def _stands_upright(path: Path) -> bool:
-    """Whether a picture's file says nothing of turning it."""
+def _is_upright(path: Path) -> bool:
+    """Return whether an image's EXIF asks for no rotation."""
     from PIL import ExifTags
 
     with open_image(path) as opened:
         return opened.getexif().get(ExifTags.Base.Orientation, 1) == 1
 
 
-def _breaks_lines(text: str) -> bool:
+def _breaks_table(text: str) -> bool:
     return len(text.splitlines()) != 1 or "\t" in text

@@ -39,7 +39,7 @@ def write_report(setup: TrainSetup, log: MetricsLog, step: int, best: Best | Non
             best_step=None if best is None else best.step,
             defaults={name: info.default for name, info in all_settings().items()},
             notes=tuple(setup.notes),
-            pictures=sample_images(shown, _IMAGES, side=256),
+            images=sample_images(shown, _IMAGES, side=256),
         )
         write_text(folder.report_file, page)
     except (UserError, OSError, MemoryError, LookupError, TypeError, ValueError) as error:

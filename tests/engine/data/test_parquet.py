@@ -1,4 +1,4 @@
-"""Pictures that are inside Parquet files, as Hugging Face's data sets have them."""
+"""Images inside Parquet files, as in Hugging Face's datasets."""
 
 import io
 import json
@@ -12,13 +12,14 @@ import numpy
 import pytest
 import torch
 from clips import random_clip
+from image_folders import load_image
 from PIL import Image
 
 from clip_finetune.engine import UserError, eval_retrieval, eval_zero_shot, load_dataset, split_dataset
 from clip_finetune.engine.data import fingerprint
 from clip_finetune.engine.data.decoded_images import DecodedImages, image_batches
 from clip_finetune.engine.data.images import image_files
-from clip_finetune.engine.data.images.decoding import BrokenImage, MissingImage, decode, load_image
+from clip_finetune.engine.data.images.decoding import BrokenImage, MissingImage, decode
 from clip_finetune.engine.data.images.image_cache import ImageCache
 from clip_finetune.engine.data.images.transforms import Transform
 from clip_finetune.engine.data.threads import in_threads
@@ -32,7 +33,7 @@ parquet = pytest.importorskip("pyarrow.parquet")
 
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch):
-    monkeypatch.setattr(image_files, "_stretches", image_files._Stretches())
+    monkeypatch.setattr(image_files, "_chunks", image_files._Chunks())
 
 
 def encoded(number, form="PNG", side=40):
@@ -68,7 +69,7 @@ def pixels_of(content):
     return numpy.asarray(Image.open(io.BytesIO(content)))
 
 
-def test_pictures_and_captions_are_read(tmp_path):
+def test_images_and_captions_are_read(tmp_path):
     captioned(tmp_path / "data/train-00000-of-00002.parquet")
     captioned(tmp_path / "data/train-00001-of-00002.parquet", start=24)
     data = load_dataset(tmp_path)
@@ -86,7 +87,7 @@ def test_pictures_and_captions_are_read(tmp_path):
         decode(data.path(0))
 
 
-def test_classes_have_the_names_that_the_schema_notes(tmp_path):
+def test_classes_have_the_names_in_the_schema(tmp_path):
     columns = {"img": held(*map(encoded, range(6))), "label": [1, 0, 1, -1, 1, None]}
     names = {"label": {"names": ["tabby_cat", "dog"], "_type": "ClassLabel"}}
     written(tmp_path / "named/test.parquet", columns, features=names)
@@ -115,7 +116,7 @@ def test_a_column_of_plain_bytes_and_one_that_is_named(tmp_path):
         decode(f"{file}#1#other")
 
 
-def test_parts_that_are_read_together_and_large_groups_are_told(tmp_path, monkeypatch):
+def test_notes_name_the_parts_read_together_and_large_row_groups(tmp_path, monkeypatch):
     for part in ("train-0", "test-0", "validation-0"):
         captioned(tmp_path / f"{part}.parquet", 3)
     (note,) = load_dataset(tmp_path).notes
@@ -130,31 +131,31 @@ def test_parts_that_are_read_together_and_large_groups_are_told(tmp_path, monkey
 @pytest.fixture
 def stretches_read(monkeypatch):
     """What was read, with stretches of some pictures of which a few are kept."""
-    read, read_one, lock = [], image_files._read, threading.Lock()
+    read, read_one, lock = [], image_files._read_chunk, threading.Lock()
 
     def noted(key, layout):
         with lock:
             read.append(key[-2:])
         return read_one(key, layout)
 
-    monkeypatch.setattr(image_files, "_read", noted)
-    monkeypatch.setattr(image_files, "_STRETCH", 4 * len(encoded(0)))
-    monkeypatch.setattr(image_files, "_KEPT_BYTES", 12 * len(encoded(0)))
+    monkeypatch.setattr(image_files, "_read_chunk", noted)
+    monkeypatch.setattr(image_files, "_CHUNK_BYTES", 4 * len(encoded(0)))
+    monkeypatch.setattr(image_files, "_CACHE_BYTES", 12 * len(encoded(0)))
     image_files._layout.cache_clear()
     yield read
     image_files._layout.cache_clear()
 
 
-def test_every_row_is_its_own_picture_in_any_order_and_in_threads(tmp_path, stretches_read):
+def test_every_row_is_its_own_image_in_any_order_and_in_threads(tmp_path, stretches_read):
     data = load_dataset(captioned(tmp_path / "a.parquet", 90, group=25))
     order = random.Random(1).choices(range(90), k=300)
     for index, picture in zip(order, in_threads(lambda index: decode(data.path(index)), order), strict=True):
         assert numpy.array_equal(numpy.asarray(picture), pixels_of(encoded(index)))
-    kept = image_files._stretches._kept.values()
-    assert 1 < len(kept) < 6 and not image_files._stretches._coming
+    kept = image_files._chunks._chunks.values()
+    assert 1 < len(kept) < 6 and not image_files._chunks._pending
 
 
-def test_in_their_order_each_stretch_is_read_once(tmp_path, stretches_read):
+def test_in_file_order_each_stretch_is_read_once(tmp_path, stretches_read):
     data = load_dataset(captioned(tmp_path / "a.parquet", 90, group=25))
     for index in range(90):
         decode(data.path(index))
@@ -174,7 +175,7 @@ def test_in_their_order_each_stretch_is_read_once(tmp_path, stretches_read):
     assert stretches_read == [(0, 0)]
 
 
-def test_the_picture_cache_knows_a_picture_by_file_time_and_row(tmp_path):
+def test_the_image_cache_knows_an_image_by_file_time_and_row(tmp_path):
     data = load_dataset(captioned(tmp_path / "a.parquet"))
     cache, transform = ImageCache(tmp_path / "cache"), Transform(image_size=32)
     keys = [cache.key(data.path(index), transform) for index in range(24)]
@@ -192,7 +193,7 @@ def test_the_picture_cache_knows_a_picture_by_file_time_and_row(tmp_path):
 
 
 @pytest.mark.parametrize("most", [50_000, 5])
-def test_the_fingerprint_notices_a_file_that_is_written_anew(tmp_path, monkeypatch, most):
+def test_the_fingerprint_notices_a_rewritten_file(tmp_path, monkeypatch, most):
     monkeypatch.setattr(fingerprint, "MOST_STATTED", most)
     file = captioned(tmp_path / "a.parquet")
     before = load_dataset(tmp_path).fingerprint()
@@ -205,23 +206,23 @@ def test_the_fingerprint_notices_a_file_that_is_written_anew(tmp_path, monkeypat
     assert load_dataset(tmp_path).fingerprint() != before
 
 
-def test_what_is_no_picture_is_told_row_by_row(tmp_path, monkeypatch):
+def test_rows_without_a_valid_image_are_reported_one_by_one(tmp_path, monkeypatch):
     contents = [encoded(0), None, b"no picture", encoded(3)[:200], b""]
     file = written(tmp_path / "a.parquet", {"image": held(*contents), "text": list("abcde")})
     found = inspect_dataset(load_dataset(tmp_path))
     reasons = {broken.file.partition("#")[2]: broken.reason for broken in found.broken}
     assert reasons.keys() == {"1", "2", "3", "4"} and len(found.sizes) == 1 and found.unnamed == ()
-    assert reasons["1"] == "a.parquet has no picture in this row"
-    assert reasons["2"] == reasons["4"] == "it is not a picture that Pillow can open"
+    assert reasons["1"] == "a.parquet has no image in this row"
+    assert reasons["2"] == reasons["4"] == "it is not an image that Pillow can open"
     assert "it cannot be decoded" in reasons["3"]
-    with pytest.raises(BrokenImage, match="a.parquet has 5 rows, and not so many"):
+    with pytest.raises(BrokenImage, match="a.parquet has only 5 rows"):
         decode(f"{file}#5")
-    monkeypatch.setattr(image_files, "_LARGEST", 100)
+    monkeypatch.setattr(image_files, "_MAX_IMAGE_BYTES", 100)
     with pytest.raises(BrokenImage, match="far too large"):
         decode(f"{file}#0")
 
 
-def test_a_damaged_file_is_told_in_a_sentence(tmp_path):
+def test_a_damaged_file_gives_one_sentence(tmp_path):
     file = captioned(tmp_path / "a.parquet", 40)
     data, content = load_dataset(tmp_path), bytearray(file.read_bytes())
     length = len(content) // 2
@@ -237,30 +238,30 @@ def test_a_damaged_file_is_told_in_a_sentence(tmp_path):
     assert any(reason.startswith("a.parquet is damaged (") for reason in reasons), reasons
     assert not any("\n" in reason for reason in reasons)
     file.write_bytes(b"PAR1" + bytes(50))
-    image_files._stretches._kept.clear()
+    image_files._chunks._chunks.clear()
     with pytest.raises(BrokenImage, match="a.parquet is damaged"):
         decode(data.path(0))
     with pytest.raises(UserError, match="cannot be read as Parquet"):
         load_dataset(tmp_path)
 
 
-def test_captions_that_are_no_texts_are_refused(tmp_path):
+def test_captions_that_are_not_texts_are_an_error(tmp_path):
     written(tmp_path / "a.parquet", {"image": held(encoded(0)), "text": [5]})
     with pytest.raises(UserError, match="a.parquet: the captions of a.parquet#0 are not texts, but .5.; name another"):
         load_dataset(tmp_path)
 
 
-def test_they_are_converted_and_prepared_as_others_are(tmp_path):
+def test_embedded_images_are_converted_and_prepared(tmp_path):
     contents = [encoded(0), encoded(1, "JPEG"), None, encoded(3, "WEBP")]
     file = written(tmp_path / "set/a.parquet", {"image": held(*contents), "text": list("abcd")})
     data = load_dataset(file.parent)
     said = convert_captions(data, "sidecar", tmp_path / "out")
-    assert "1 pictures are not there and are left out." in said and "3 pictures were copied." in said
+    assert "1 images are missing and are left out." in said and "3 images were copied." in said
     converted = load_dataset(tmp_path / "out")
     assert converted.names == ["a_000000.png", "a_000001.jpg", "a_000003.webp"]
     assert [text for (text,) in converted.captions] == ["a", "b", "d"]
     assert converted.path(1).read_bytes() == contents[1]
-    with pytest.raises(UserError, match="pictures inside Parquet files, where other programs do not find them"):
+    with pytest.raises(UserError, match="images inside Parquet files, where other programs do not find them"):
         convert_captions(data, "csv", tmp_path / "out.csv")
     prepared = prepare_images(data, tmp_path / "mirrored", Preparation(flip="all"))
     assert (prepared.pictures, prepared.originals, len(prepared.left_out)) == (6, 3, 1)
@@ -271,7 +272,7 @@ def test_they_are_converted_and_prepared_as_others_are(tmp_path):
     assert len({copies.original(index) for index in range(6)}) == 3
 
 
-def test_they_are_measured_as_the_same_pictures_in_files_are(tmp_path):
+def test_embedded_images_give_the_same_metrics_as_image_files(tmp_path):
     model = random_clip()
     captioned(tmp_path / "captions/a.parquet")
     data = load_dataset(tmp_path / "captions")
@@ -283,7 +284,7 @@ def test_they_are_measured_as_the_same_pictures_in_files_are(tmp_path):
     assert found.images == 12
 
 
-def test_evaluators_know_a_picture_by_its_bytes(tmp_path):
+def test_evaluators_know_an_image_by_its_bytes(tmp_path):
     """So that one that is there twice counts once, and one that is written anew is encoded anew."""
     from clip_finetune.engine.evaluate.encoder import Encoder, EncodingCache, encode_images
 
@@ -303,12 +304,12 @@ def test_evaluators_know_a_picture_by_its_bytes(tmp_path):
     assert torch.equal(after.features[2], before.features[0]) and not torch.equal(after.features[0], before.features[0])
 
 
-def test_a_file_that_may_not_be_read_is_told(ordinary_user):
+def test_a_file_without_permission_is_an_error(ordinary_user):
     place, rights = ordinary_user
     file = captioned(place / "mine/a.parquet")
     data = load_dataset(place / "mine")
     decode(data.path(0))
-    image_files._stretches._kept.clear()
+    image_files._chunks._chunks.clear()
     image_files._layout.cache_clear()
     file.chmod(0)
     with rights(), pytest.raises(BrokenImage, match="Permission denied"):
@@ -321,7 +322,7 @@ MEMORY = """
 import sys
 from clip_finetune.engine.data.images import image_files
 from clip_finetune.engine.data.images.image_files import open_bytes
-image_files._STRETCH, image_files._KEPT_BYTES = 2**24, 2**26
+image_files._CHUNK_BYTES, image_files._CACHE_BYTES = 2**24, 2**26
 def peak():  # not getrusage's, which begins with that of the process that started this one
     return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
 with open_bytes(sys.argv[2] + "#0") as file:  # what is imported counts before

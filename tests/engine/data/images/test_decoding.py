@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from image_folders import plain_image
+from image_folders import load_image, plain_image
 from PIL import Image
 
-from clip_finetune.engine.data.images.decoding import BrokenImage, load_image, normalize
+from clip_finetune.engine.data.images.decoding import BrokenImage, normalize
 from clip_finetune.engine.data.images.folder_tree import image_suffixes
 
 

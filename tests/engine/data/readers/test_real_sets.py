@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from image_folders import load_image
 
 from clip_finetune.engine import UserError, load_dataset
 from clip_finetune.engine.cli.info import describe_dataset
-from clip_finetune.engine.data.images.decoding import load_image
 
 
 def test_real_datasets_open(shared_data):

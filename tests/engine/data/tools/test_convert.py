@@ -43,7 +43,7 @@ def test_captions_go_through_every_format_and_back(tmp_path, to):
     source = odd_folder(tmp_path / "source")
     before = state(source)
     said = convert_captions(load_dataset(source), to, tmp_path / "new")
-    assert "4 pictures" in said[0] and "4 pictures are hard links" in said[1]
+    assert "4 images" in said[0] and "4 images are hard links" in said[1]
     there = load_dataset(tmp_path / "new")
     assert there.format == to and captions_by_name(there) == ODD and there.missing() == []
     back = convert_captions(there, "json", tmp_path / "back")
@@ -79,7 +79,7 @@ def test_images_are_copied_where_they_cannot_be_linked(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", refuse)
     said = convert_captions(load_dataset(odd_folder(tmp_path / "source")), "csv", tmp_path / "new")
-    assert "4 pictures were copied." in said and load_dataset(tmp_path / "new").missing() == []
+    assert "4 images were copied." in said and load_dataset(tmp_path / "new").missing() == []
 
 
 def test_copies_repeats_classes_and_same_stems_are_carried_over(tmp_path):
@@ -105,7 +105,7 @@ def test_what_cannot_be_converted_gives_one_sentence(tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/x").write_text("mine")
     for to, out, words in [
-        ("json", source / "new", "is inside the data set"),
+        ("json", source / "new", "is inside"),
         ("json", tmp_path / "full", "is already there"),
         ("json", source, "is already there"),
         ("yaml", tmp_path / "new", "choose json, kohya"),
@@ -114,7 +114,7 @@ def test_what_cannot_be_converted_gives_one_sentence(tmp_path, capsys):
             convert_captions(data, to, out)
         assert "\n" not in str(refusal.value)
     gone = load_dataset(write_folder(tmp_path / "gone", {"l.json": {"x.png": "one"}}, ""))
-    with pytest.raises(UserError, match="none of the pictures"):
+    with pytest.raises(UserError, match="All images .* are missing"):
         convert_captions(gone, "json", tmp_path / "new")
     assert main(["convert", str(tmp_path / "nowhere"), "--to", "json", str(tmp_path / "new")]) == 1
     assert "does not exist" in capsys.readouterr().err
@@ -123,7 +123,5 @@ def test_what_cannot_be_converted_gives_one_sentence(tmp_path, capsys):
 
 def test_missing_images_are_left_out_and_counted(tmp_path):
     source = write_folder(tmp_path / "source", {"l.json": {"a.png": "one", "gone.png": "two"}})
-    assert "1 pictures are not there and are left out." in convert_captions(
-        load_dataset(source), "csv", tmp_path / "new"
-    )
+    assert "1 images are missing and are left out." in convert_captions(load_dataset(source), "csv", tmp_path / "new")
     assert captions_by_name(load_dataset(tmp_path / "new")) == {"a.png": ("one",)}
