@@ -68,27 +68,31 @@ class Architecture:
     activation: Activation
 
     def __post_init__(self) -> None:
-        only_vit = {"patch_size", "vision_layers", "vision_mlp_width"}
-        for name in (field.name for field in dataclasses.fields(self)):
-            value = getattr(self, name)
-            if name == "activation":
-                if value not in ACTIVATIONS:
-                    raise UserError(
-                        f"The activation is {shown(value)}; a CLIP has quick_gelu or gelu: choose one of them."
-                    )
-            elif not (self.resnet and name in only_vit) and not _is_size(name, value):
+        if self.activation not in ACTIVATIONS:
+            raise UserError(
+                f"The activation is {shown(self.activation)}; a CLIP has quick_gelu or gelu: choose one of them."
+            )
+        skipped = ("activation", "patch_size", "vision_layers", "vision_mlp_width") if self.resnet else ("activation",)
+        for name in (field.name for field in dataclasses.fields(self) if field.name not in skipped):
+            if not _is_size(name, getattr(self, name)):
                 raise UserError(
-                    f"The model says that its {name} is {shown(value)}; it must be a number above 0, and not out of "
-                    "all proportion."
+                    f"The model says that its {name} is {shown(getattr(self, name))}; it must be a number above 0, and "
+                    "not out of all proportion."
                 )
         if self.resnet:
             self._check_resnet()
         vision_width = feature_width(self.vision_width) if self.resnet else self.vision_width
-        _check_heads("vision", vision_width, self.vision_heads)
-        _check_heads("text", self.text_width, self.text_heads)
+        for tower, width, heads in (
+            ("vision", vision_width, self.vision_heads),
+            ("text", self.text_width, self.text_heads),
+        ):
+            if width % heads:
+                raise UserError(
+                    f"The {tower} tower is {width} wide, which {heads} attention heads cannot share; correct the "
+                    "number of heads in the file's metadata, or in the config beside it."
+                )
 
     def _check_resnet(self) -> None:
-        problem = None
         if len(self.stages) != STAGES or not all(_is_size("vision_layers", count) for count in self.stages):
             problem = f"vision_layers are {shown(self.stages)}; a ResNet has four numbers above 0"
         elif self.patch_size is not None:
@@ -97,8 +101,9 @@ class Architecture:
             problem = f"vision_mlp_width is {shown(self.vision_mlp_width)}; a ResNet has none"
         elif self.image_size % DOWNSCALING:
             problem = f"image_size is {self.image_size}; a ResNet's is a multiple of {DOWNSCALING}"
-        if problem:
-            raise UserError(f"The model says that its {problem}, so {_CHOOSE_ANOTHER}.")
+        else:
+            return
+        raise UserError(f"The model says that its {problem}, so {_CHOOSE_ANOTHER}.")
 
     @property
     def resnet(self) -> bool:
@@ -164,14 +169,6 @@ def _is_size(name: str, value: object) -> bool:
     return type(value) is int and 0 < value <= (_MAX_LAYERS if name.endswith("_layers") else _MAX_SIZE)
 
 
-def _check_heads(tower: str, width: int, heads: int) -> None:
-    if width % heads:
-        raise UserError(
-            f"The {tower} tower is {width} wide, which {heads} attention heads cannot share; correct the number of "
-            "heads in the file's metadata, or in the config beside it."
-        )
-
-
 def _vit_shapes(architecture: Architecture, parameterization: Parameterization) -> dict[str, Shape]:
     width, (patch_size, layers, mlp_width) = architecture.vision_width, architecture.vit
     shapes: dict[str, Shape] = {
@@ -219,28 +216,23 @@ def check_shapes(shapes: Mapping[str, Shape], architecture: Architecture) -> Non
     extra = [name for name in shapes if name not in expected]
     wrong = [name for name in expected if name in shapes and tuple(shapes[name]) != expected[name]]
     if missing:
-        raise UserError(f"{counted(missing, 'tensor')} missing, the first is {missing[0]}; {_CHOOSE_ANOTHER}.")
-    if wrong:
-        name = wrong[0]
+        problem = f"{counted(missing, 'tensor')} missing, the first is {missing[0]}"
+    elif wrong:
         others = f" (and {len(wrong) - 1} more like it)" if len(wrong) > 1 else ""
-        raise UserError(
-            f"the tensor {name} has the shape {tuple(shapes[name])}, where {expected[name]} was expected{others}; "
-            f"{_CHOOSE_ANOTHER}."
-        )
-    if "logit_bias" in extra:
-        raise UserError("it was trained with SigLIP's loss (it has a logit_bias), as no CLIP is; choose another file.")
-    if extra:
-        raise UserError(
-            f"{counted(extra, 'tensor')} there that a CLIP does not have, the first is {extra[0]}; {_CHOOSE_ANOTHER}."
-        )
+        shape = tuple(shapes[wrong[0]])
+        problem = f"the tensor {wrong[0]} has the shape {shape}, where {expected[wrong[0]]} was expected{others}"
+    elif "logit_bias" in extra:
+        problem = "it was trained with SigLIP's loss (it has a logit_bias), as no CLIP is"
+    elif extra:
+        problem = f"{counted(extra, 'tensor')} there that a CLIP does not have, the first is {extra[0]}"
+    else:
+        return
+    raise UserError(f"{problem}; {_CHOOSE_ANOTHER}.")
 
 
 def counted(names: Sequence[str], noun: str) -> str:
     """Return "1 tensor is", "2 tensors are"."""
     return f"1 {noun} is" if len(names) == 1 else f"{len(names)} {noun}s are"
-
-
-# ---- from shapes to an architecture ----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,12 +309,10 @@ def _sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
             "text_layers": _layers(shapes, ""),
             "text_mlp_width": shapes[f"transformer.resblocks.0.mlp.c_fc.{mlp}"][0],
         }
-    except KeyError as error:
-        raise UserError(f"this is not {what}: the tensor {error.args[0]} is missing; {_CHOOSE_ANOTHER}.") from error
-    except (ValueError, IndexError) as error:
-        raise UserError(
-            f"this is not {what}: its embeddings do not have the shapes of one; {_CHOOSE_ANOTHER}."
-        ) from error
+    except (KeyError, ValueError, IndexError) as error:
+        missing = f"the tensor {error.args[0]} is missing" if isinstance(error, KeyError) else None
+        problem = missing or "its embeddings do not have the shapes of one"
+        raise UserError(f"this is not {what}: {problem}; {_CHOOSE_ANOTHER}.") from error
 
 
 def _vit_sizes(shapes: Mapping[str, Shape], mlp: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import AnyPath
 from ..notes import OnNote, ignore_note
 from . import names
 from .architecture import Activation, Architecture
@@ -62,7 +63,7 @@ def text_encoder_state_dict(
     programs would run wrongly, and for weights that are not finite.
     """
     _check_text_activation(full_clip.architecture)
-    return _tower(full_clip, names.is_text_name, dtype, "text encoder", on_note)
+    return hf_state_dict(full_clip, "The text encoder", dtype=dtype, on_note=on_note, belongs=names.is_text_name)
 
 
 def vision_encoder_state_dict(
@@ -81,18 +82,22 @@ def vision_encoder_state_dict(
         known = ", ".join(name for name, _ in _VISION_HOSTS.values())
         raise UserError(f"ComfyUI's CLIPVisionLoader does not know this vision tower; it opens those of {known}.")
     _check_activation(f"{host[0]}'s vision tower", a.activation, host[1])
-    return _tower(full_clip, names.is_vision_name, dtype, "vision encoder", on_note)
+    return hf_state_dict(full_clip, "The vision encoder", dtype=dtype, on_note=on_note, belongs=names.is_vision_name)
 
 
-def _tower(
-    full_clip: FullCLIP, belongs: Callable[[str], bool], dtype: str | None, what: str, on_note: OnNote
+def hf_state_dict(
+    full_clip: FullCLIP, what: AnyPath, *, dtype: str | None, on_note: OnNote, belongs: Callable[[str], bool]
 ) -> dict[str, Tensor]:
+    """Return the tensors that belong, by their OpenAI names, under Hugging Face's; a GmP model is folded with a note.
+
+    Raises `UserError`, which begins with `what`, for weights that are not finite or too large for the dtype.
+    """
     if dtype == MIXED:
-        raise UserError(f"The dtype {MIXED} is one of full CLIPs; for a {what} choose fp16, bf16 or fp32.")
-    full_clip = plain_weights(full_clip, on_note)
-    tower = {name: tensor for name, tensor in full_clip.state_dict.items() if belongs(name)}
-    require_finite(tower, f"The {what}")
-    return cast(names.to_hf(tower), dtype, f"The {what}")
+        raise UserError(f"The dtype {MIXED} is one of full CLIPs under OpenAI's names; choose fp16, bf16 or fp32.")
+    state = plain_weights(full_clip, on_note).state_dict
+    tensors = {name: tensor for name, tensor in state.items() if belongs(name)}
+    require_finite(tensors, what)
+    return cast(names.to_hf(tensors), dtype, what)
 
 
 def mix_text_encoders(

@@ -41,9 +41,6 @@ def export_vision_encoder(
     return write_safetensors(vision_encoder_state_dict(full_clip, dtype=dtype, on_note=on_note), path, {"format": "pt"})
 
 
-# ---- the formats -----------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportOptions:
     """What an export may need besides the model and the path. `dtype` None keeps each tensor's own."""

@@ -96,18 +96,6 @@ def fingerprint_of(architecture: Architecture, tensors: Mapping[str, Tensor]) ->
     return digest.hexdigest()
 
 
-# ---- metadata --------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Description:
-    """What `file_metadata` wrote about a model."""
-
-    architecture: Architecture
-    provenance: Mapping[str, Any]
-    notes: tuple[str, ...]
-
-
 def file_metadata(full_clip: FullCLIP) -> dict[str, str]:
     """Return the metadata of a full CLIP's file (see "Files" in the README)."""
     description = {
@@ -121,10 +109,12 @@ def file_metadata(full_clip: FullCLIP) -> dict[str, str]:
     return {"format": "pt", METADATA_KEY: json.dumps(description)}
 
 
-def read_metadata(metadata: Mapping[str, str], activation: Activation | None = None) -> Description | None:
-    """Return what `file_metadata` wrote, None for another program's file. `activation` replaces the one in it.
+def read_metadata(
+    metadata: Mapping[str, str], activation: Activation | None = None
+) -> tuple[Architecture, dict[str, Any], tuple[str, ...]] | None:
+    """Return architecture, provenance and notes as `file_metadata` wrote them; None for another program's file.
 
-    Raises `UserError` for damaged metadata.
+    `activation` replaces the one in the file. Raises `UserError` for damaged metadata.
     """
     if METADATA_KEY not in metadata:
         return None
@@ -140,5 +130,5 @@ def read_metadata(metadata: Mapping[str, str], activation: Activation | None = N
         raise UserError(
             f"it has damaged metadata under {METADATA_KEY}; save the model again or use another file."
         ) from error
-    kept = (note for note in notes if not (activation and note == ASSUMED_ACTIVATION))
-    return Description(Architecture.from_dict(sizes), provenance, tuple(kept))
+    valid = (note for note in notes if not (activation and note == ASSUMED_ACTIVATION))
+    return Architecture.from_dict(sizes), provenance, tuple(valid)

@@ -71,7 +71,8 @@ def describe_text_encoder(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         gmp = any(name.endswith((".r", ".theta")) for name in tensors)
         sizes = _sizes(tensors, _TOKENS, "text_model.embeddings.position_embedding.weight", _LAYER)
-        problems += ([] if gmp else _gaps(tensors, sizes)) + _copied_values(tensors)
+        problems += [] if gmp else _gaps(tensors, sizes)
+        problems += [f"It {BROKEN_MERGE}"] if _out_proj_is_copied(tensors) else []
     if gmp:
         problems.append("It is in GmP form, which no image program reads; fold it first.")
     return {
@@ -133,9 +134,8 @@ def _expected_shapes(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) ->
     return {name: tuple(t.shape) for name, t in names.to_hf(tower).items() if name != "text_projection.weight"}
 
 
-def _copied_values(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return a sentence if a text encoder under Hugging Face's names has the mark of the broken merge."""
-    values = [name for name in tensors if name.endswith(".self_attn.v_proj.weight")]
-    copies = [(tensors[name], tensors.get(name.replace("v_proj", "out_proj"))) for name in values]
-    copied = values and all(out is not None and torch.equal(value, out) for value, out in copies)
-    return [f"It {BROKEN_MERGE}"] if copied else []
+def _out_proj_is_copied(tensors: Mapping[str, Tensor]) -> bool:
+    """Return what `made_by_a_broken_merge` does, for Hugging Face's names."""
+    values = {name: tensor for name, tensor in tensors.items() if name.endswith(".self_attn.v_proj.weight")}
+    outs = {name: tensors.get(name.replace("v_proj", "out_proj")) for name in values}
+    return bool(values) and all(out is not None and torch.equal(values[name], out) for name, out in outs.items())

@@ -16,13 +16,11 @@ from ..errors import UserError
 from ..files import AnyPath, replacing_folder
 from ..notes import OnNote, ignore_note
 from ..openai import END, MEAN, START, STD, VOCABULARY
-from . import names
 from .architecture import Architecture
+from .encoders import hf_state_dict
 from .full_clip import FullCLIP
-from .gmp import plain_weights
-from .health import require_finite
 from .load import load_full_clip
-from .tensor_files import MIXED, cast, write_compared
+from .tensor_files import write_compared
 
 # The texts of tokens 49406 and 49407 in OpenAI's vocabulary; open_clip has other names for them.
 _START_TEXT, _END_TEXT = "<|startoftext|>", "<|endoftext|>"
@@ -46,11 +44,7 @@ def save_huggingface(
             f"{folder} was not written: this model's vision tower is a ResNet, and Hugging Face's CLIP has only ViTs; "
             "save it as a full CLIP instead."
         )
-    if dtype == MIXED:
-        raise UserError(f"The dtype {MIXED} is not one of Hugging Face's; choose fp16, bf16 or fp32.")
-    full_clip = plain_weights(full_clip, on_note)
-    require_finite(full_clip.state_dict, folder)
-    tensors = cast(names.to_hf(full_clip.state_dict), dtype, folder)
+    tensors = hf_state_dict(full_clip, folder, dtype=dtype, on_note=on_note, belongs=lambda name: True)
     files = {
         "config.json": _json(config_of(architecture, tensors)),
         "preprocessor_config.json": _json(_preprocessor_config(architecture.image_size)),
@@ -90,9 +84,6 @@ def _check_architecture(written: Path, architecture: Architecture, folder: Path)
 
 def _json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-# ---- config.json -----------------------------------------------------------------------------------------------------
 
 
 def config_of(architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -151,9 +142,6 @@ def _token_ids(vocab_size: int) -> dict[str, int]:
     return {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
 
 
-# ---- preprocessor_config.json ----------------------------------------------------------------------------------------
-
-
 def _preprocessor_config(image_size: int) -> dict[str, Any]:
     """CLIP's own transform: the shorter side resized, the centre cropped, normalised (engine/data/images)."""
     return {
@@ -171,9 +159,6 @@ def _preprocessor_config(image_size: int) -> dict[str, Any]:
         "image_mean": list(MEAN),
         "image_std": list(STD),
     }
-
-
-# ---- the tokenizer's files -------------------------------------------------------------------------------------------
 
 
 def _tokenizer_files(context_length: int) -> dict[str, str]:

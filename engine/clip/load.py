@@ -62,10 +62,9 @@ def load_full_clip(
     contents = read_contents(model.path, in_memory=in_memory)
     try:
         tensors = _to_openai_names(contents.tensors)
-        provenance: dict[str, Any] = {"source": model.path.name}
-        if description := read_metadata(contents.metadata, chosen):
-            architecture, notes = description.architecture, description.notes
-            provenance |= description.provenance
+        provenance: dict[str, Any] = {}
+        if described := read_metadata(contents.metadata, chosen):
+            architecture, provenance, notes = described
         else:
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             architecture, notes = architecture_from_shapes(
@@ -74,7 +73,7 @@ def load_full_clip(
         notes += contents.notes
         if made_by_a_broken_merge(tensors):
             notes += (f"{model.path.name} {BROKEN_MERGE} {_NO_CURE}",)
-        full_clip = FullCLIP(architecture, tensors, provenance, notes)
+        full_clip = FullCLIP(architecture, tensors, {"source": model.path.name, **provenance}, notes)
         return stretch_context(full_clip) if context_length else full_clip
     except UserError as error:
         raise UserError(f"{source}: {error}") from error

@@ -133,13 +133,14 @@ def _read(encoder: AnyPath | Mapping[str, Tensor], source: str) -> _Encoder:
     model = find_model_source(encoder)
     contents = read_contents(model.path)
     try:
-        description = read_metadata(contents.metadata)
+        described = read_metadata(contents.metadata)
     except UserError as error:
         raise UserError(f"{encoder} cannot be used: {error}") from error
-    if description is None:
+    if described is None:
         return _Encoder(str(encoder), contents.tensors, contents.hints, model.config)
-    heads = {"vision_heads": description.architecture.vision_heads, "text_heads": description.architecture.text_heads}
-    return _Encoder(str(encoder), contents.tensors, Hints(heads, description.architecture.activation))
+    own = described[0]
+    hints = Hints({"vision_heads": own.vision_heads, "text_heads": own.text_heads}, own.activation)
+    return _Encoder(str(encoder), contents.tensors, hints)
 
 
 def _text_tower(encoder: _Encoder, width: int) -> dict[str, Tensor]:

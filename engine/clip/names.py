@@ -19,17 +19,20 @@ from ..errors import UserError
 _Value = TypeVar("_Value")
 
 # (OpenAI, Hugging Face) for what stands before a block's number, and for what follows it.
-_TOWERS = (
-    ("visual.transformer.resblocks.", "vision_model.encoder.layers."),
-    ("transformer.resblocks.", "text_model.encoder.layers."),
+_TO_HF = (
+    (
+        ("visual.transformer.resblocks.", "vision_model.encoder.layers."),
+        ("transformer.resblocks.", "text_model.encoder.layers."),
+    ),
+    (
+        ("ln_1.", "layer_norm1."),
+        ("ln_2.", "layer_norm2."),
+        ("attn.", "self_attn."),
+        ("mlp.c_fc.", "mlp.fc1."),
+        ("mlp.c_proj.", "mlp.fc2."),
+    ),
 )
-_IN_BLOCK = (
-    ("ln_1.", "layer_norm1."),
-    ("ln_2.", "layer_norm2."),
-    ("attn.", "self_attn."),
-    ("mlp.c_fc.", "mlp.fc1."),
-    ("mlp.c_proj.", "mlp.fc2."),
-)
+_FROM_HF = tuple(tuple((hf, openai) for openai, hf in table) for table in _TO_HF)
 _OUTSIDE_BLOCKS = {
     "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
@@ -138,12 +141,14 @@ def to_hf(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             renamed[_OUTSIDE_BLOCKS[name]] = tensor
         elif name in _TRANSPOSED:
             renamed[_TRANSPOSED[name]] = tensor.t().contiguous()
-        elif name.endswith((".attn.in_proj_weight", ".attn.in_proj_bias")):
-            attention, kind = _hf_name(name).rsplit(".in_proj_", 1)
+        elif (hf := _renamed(name, _TO_HF)) is None:
+            raise KeyError(name)
+        elif ".self_attn.in_proj_" in hf:
+            attention, kind = hf.rsplit(".in_proj_", 1)
             for letter, third in zip("qkv", tensor.chunk(3), strict=True):
                 renamed[f"{attention}.{letter}_proj.{kind}"] = third.contiguous()
         else:
-            renamed[_hf_name(name)] = tensor
+            renamed[hf] = tensor
     return renamed
 
 
@@ -155,33 +160,22 @@ def _from_hf(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif name in _OPENAI_TRANSPOSED:
             renamed[_OPENAI_TRANSPOSED[name]] = _transposed(name, tensor)
         elif not name.endswith("position_ids"):
-            renamed[_openai_name(name)] = tensor
+            renamed[_renamed(name, _FROM_HF) or name] = tensor
     return renamed
 
 
-def _hf_name(name: str) -> str:
-    """Rename a tensor inside a block; KeyError for any other."""
-    for openai, hf in _TOWERS:
-        if name.startswith(openai):
-            number, _, rest = name.removeprefix(openai).partition(".")
-            return f"{hf}{number}.{_with_prefix_replaced(rest, _IN_BLOCK)}"
-    raise KeyError(name)
-
-
-def _openai_name(name: str) -> str:
-    """Rename a tensor inside a block; any other name comes back as it is."""
-    for openai, hf in _TOWERS:
-        if name.startswith(hf):
-            number, _, rest = name.removeprefix(hf).partition(".")
-            return f"{openai}{number}.{_with_prefix_replaced(rest, [(theirs, ours) for ours, theirs in _IN_BLOCK])}"
-    return name
-
-
-def _with_prefix_replaced(name: str, replacements: Iterable[tuple[str, str]]) -> str:
-    for old, new in replacements:
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
+def _renamed(name: str, tables: Iterable[Iterable[tuple[str, str]]]) -> str | None:
+    """Rename a tensor inside a block by its tower and by what follows the block's number; None for any other."""
+    towers, parts = tables
+    for old_tower, new_tower in towers:
+        if name.startswith(old_tower):
+            number, _, rest = name.removeprefix(old_tower).partition(".")
+            for old, new in parts:
+                if rest.startswith(old):
+                    rest = new + rest.removeprefix(old)
+                    break
+            return f"{new_tower}{number}.{rest}"
+    return None
 
 
 def _fused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
