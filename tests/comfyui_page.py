@@ -19,6 +19,12 @@ def load_graph(page, workflow: dict) -> None:
     page.wait_for_timeout(400)
 
 
+def reload_page(page) -> None:
+    page.reload(wait_until="domcontentloaded")
+    page.wait_for_function("() => Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100")
+    page.wait_for_timeout(1500)
+
+
 def run_from_page(page, timeout: float = 600) -> dict:
     """Queue the graph, as the Run button does, and return {"status", "detail", "previews": number received}."""
     page.evaluate("""() => {

@@ -4,7 +4,8 @@ import json
 
 import pytest
 from clips import random_clip
-from comfyui_page import load_graph, run_from_page, set_widgets, widgets
+from comfyui_page import load_graph, read, reload_page, run_from_page, set_widgets, widgets
+from comfyui_server import PACK
 from image_folders import labels_folder
 
 from clip_finetune.engine import save_full_clip
@@ -74,7 +75,7 @@ def test_a_chosen_preset_fills_the_widgets_and_a_loaded_workflow_keeps_its_own(c
     assert widgets(training_page, "TrainCLIPGmP")["epochs"] == 77
 
 
-def test_a_run_cancelled_in_the_page_goes_on_when_it_is_queued_again(comfyui, training_page, screenshot):
+def test_a_run_cancelled_in_the_page_continues_when_it_is_queued_again(comfyui, training_page, screenshot):
     set_widgets(training_page, "TrainCLIPGmP", run_name="page_cancel", epochs=20)
     file = comfyui.base / "output/clip_finetune/page_cancel/metrics.jsonl"
     training_page.evaluate(
@@ -87,9 +88,7 @@ def test_a_run_cancelled_in_the_page_goes_on_when_it_is_queued_again(comfyui, tr
     steps = [line for line in map(json.loads, file.read_text().splitlines()) if line["kind"] == "step"]
     assert 5 <= len(steps) < 50
     screenshot("cancelled")
-    training_page.reload(wait_until="domcontentloaded")
-    training_page.wait_for_function("() => Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100")
-    training_page.wait_for_timeout(1500)
+    reload_page(training_page)
     training_page.evaluate("async prompt => { await window.app.loadApiJson(prompt, 'training'); }", TRAINING)
     training_page.wait_for_timeout(500)
     set_widgets(training_page, "TrainCLIPGmP", learning_rate=1e-3, batch_size=6, epochs=20, run_name="page_cancel")
@@ -105,3 +104,78 @@ def test_an_error_is_one_sentence_in_the_page(comfyui, training_page):
     seen = run_from_page(training_page)
     assert seen["status"] == "execution_error"
     assert "nothing holds no" in seen["detail"]["exception_message"]
+
+
+# A maximised browser on a 1080p screen shows a page of about 945 pixels: 1080 less the task bar (48), and the browser's
+# tabs and address bar (87). ComfyUI's own tabs and Run bar take the upper 85 of them.
+PAGE = {"width": 1920, "height": 945}
+ROOM = 945 - 85
+TITLE = 30  # of a node in the classic page, above its size
+
+
+@pytest.fixture
+def small_screen(comfyui, browser_page):
+    """Call it to reload the page on a 1080p screen at 100 % zoom, in the classic page or in Nodes 2.0."""
+    before = browser_page.viewport_size
+
+    def reload(nodes_2):
+        comfyui.request("/settings", {"Comfy.VueNodes.Enabled": nodes_2})
+        browser_page.set_viewport_size(PAGE)
+        reload_page(browser_page)
+        return browser_page
+
+    yield reload
+    comfyui.request("/settings", {"Comfy.VueNodes.Enabled": False})
+    browser_page.set_viewport_size(before)
+    reload_page(browser_page)
+
+
+def place_at_full_zoom(page, node_type):
+    """Show a node at 100 % zoom, below ComfyUI's own bars."""
+    page.evaluate(
+        """([type, top]) => { const { ds } = window.app.canvas;
+        const node = window.app.graph.nodes.find(n => n.type === type);
+        ds.scale = 1; ds.offset = [400 - node.pos[0], top - node.pos[1]];
+        window.app.canvas.setDirty(true, true); }""",
+        [node_type, PAGE["height"] - ROOM + TITLE],
+    )
+    page.wait_for_timeout(500)
+
+
+def train_on_small_screen(page, run_name):
+    """Train with a node of the size that it has in the template, and show it."""
+    workflow = read(PACK / "workflows/finetune_clip.json")
+    size = next(node["size"] for node in workflow["nodes"] if node["type"] == "TrainCLIP")
+    prompt = TRAINING | {"3": {**TRAINING["3"], "class_type": "TrainCLIP"}}
+    page.evaluate("async prompt => { await window.app.loadApiJson(prompt, 'training'); }", prompt)
+    page.wait_for_timeout(500)
+    page.evaluate("size => { window.app.graph.nodes.find(n => n.type === 'TrainCLIP').setSize(size); }", size)
+    set_widgets(page, "TrainCLIP", run_name=run_name, epochs=3, batch_size=6, learning_rate=1e-3)
+    assert run_from_page(page)["status"] == "execution_success"
+    place_at_full_zoom(page, "TrainCLIP")
+
+
+def test_a_training_node_fits_on_a_1080p_screen_in_the_classic_page(small_screen, screenshot):
+    page = small_screen(nodes_2=False)
+    train_on_small_screen(page, "small_screen")
+    screenshot()
+    height, rows = page.evaluate(
+        """() => { const node = window.app.graph.nodes.find(n => n.type === 'TrainCLIP');
+        return [node.size[1], Object.fromEntries(node.widgets.map(w => [w.name, [w.y, w.computedHeight]]))]; }"""
+    )
+    assert height + TITLE <= ROOM
+    for name, least in (("$$node-text-preview", 60), ("$$canvas-image-preview", 240)):  # three lines; a readable chart
+        top, rows_height = rows[name]
+        assert rows_height >= least and top + rows_height <= height, name
+
+
+def test_a_training_node_fits_on_a_1080p_screen_in_nodes_2(small_screen, screenshot):
+    page = small_screen(nodes_2=True)
+    train_on_small_screen(page, "small_screen_2")
+    screenshot()
+    node = page.locator("[data-node-id]", has_text="Train CLIP").first
+    box, charts = node.bounding_box(), node.locator("img").all()
+    assert box["height"] <= ROOM
+    assert "Done: the model of step" in node.inner_text()
+    (chart,) = (chart.bounding_box() for chart in charts)
+    assert chart["height"] >= 240 and chart["y"] + chart["height"] <= box["y"] + box["height"]
