@@ -109,6 +109,9 @@ def test_cancel_leaves_nothing_behind(comfyui):
 
 
 def test_nothing_chosen_and_an_unknown_class_are_told(comfyui):
-    for inputs, words in (({}, "There is nothing to do"), ({"crop": "objects", "only": "unicorn"}, "does not know 'unicorn'")):
+    for inputs, words in (
+        ({}, "There is nothing to do"),
+        ({"crop": "objects", "only": "unicorn"}, "does not know 'unicorn'"),
+    ):
         result = comfyui.queue({"1": node("PrepareCLIPImages", folder="photos", **inputs)})
         assert result["status"] == "error" and words in result["error"], result

@@ -115,7 +115,8 @@ def test_a_mirrored_copy_gets_no_caption_that_names_a_side(tmp_path):
     everything = prepare_images(load_dataset(folder), tmp_path / "all", Preparation(flip="all"))
     assert captions_of(load_dataset(tmp_path / "all"))["b_mirrored.png"] == ("turn it clockwise",)
     assert (
-        "3 captions mention a side and are wrong" in everything.notes[1] and "'a dog on the left'" in everything.notes[1]
+        "3 captions mention a side and are wrong" in everything.notes[1]
+        and "'a dog on the left'" in everything.notes[1]
     )
     mirrored = Image.open(tmp_path / "all/c_mirrored.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     assert mirrored.tobytes() == Image.open(folder / "c.png").tobytes()
