@@ -1,22 +1,16 @@
-"""What a graph sees: schemas, one call of the engine each, and presentation."""
+"""The nodes: each is a schema, one call of the engine, and what to show. Only `host` talks to ComfyUI itself."""
 
-from comfy_api.latest import ComfyExtension
+from __future__ import annotations
 
-from . import attacks, comparison, dataset, evaluation, exports, host, images, models, training
+from comfy_api.latest import ComfyExtension, io
 
-NODES = [
-    *models.NODES,
-    *exports.NODES,
-    *dataset.NODES,
-    *images.NODES,
-    *training.NODES,
-    *evaluation.NODES,
-    *attacks.NODES,
-    *comparison.NODES,
-]
+from . import attacks, comparison, dataset, evaluation, exports, images, models, options, training
+from .host.folders import register_folders
+
+_MODULES = (models, exports, dataset, images, training, options, evaluation, attacks, comparison)
 
 
 class ClipFinetuneExtension(ComfyExtension):
-    async def get_node_list(self):
-        host.register_folders()
-        return NODES
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        register_folders()
+        return [node for module in _MODULES for node in module.NODES]

@@ -1,169 +1,96 @@
-"""Nodes that show what a model takes single pictures for: with words written on them, and beside some texts."""
+"""Nodes that show what a model sees in single images: with words written on them, and beside some texts."""
 
 from __future__ import annotations
 
-from comfy_api.latest import io, ui
-from PIL import Image
+from collections.abc import Mapping
 
-from ..engine.evaluate.ranking import rank_captions
-from ..engine.evaluate.suite import notes_of, percent
-from ..engine.evaluate.typographic.attack import eval_typographic, sheet_heading, sheet_of
-from ..engine.evaluate.typographic.photographed import CLEAN
-from ..engine.report.attack_charts import attack_chart, ranking_chart
-from ..engine.report.charts import against_baseline
-from ..engine.report.tables import table
-from . import host
-from .evaluation import evaluation_inputs, evaluation_outputs, feature_cache, measure
-from .sockets import CATEGORY, FullClip
+import torch
+from comfy_api.latest import io, ui
+
+from ..engine.clip.full_clip import FullCLIP
+from ..engine.data.dataset import ClipDataset
+from ..engine.evaluate import suite
+from ..engine.evaluate.comparison import notes_of
+from ..engine.evaluate.ranking import Ranking, rank_captions, rankings_chart, rankings_table
+from ..engine.report.tables import percent
+from .evaluation import evaluate, evaluation_schema, feature_cache
+from .host.device import check_cancelled, exclusive_device, torch_device
+from .host.display import Display, to_pil, to_tensor
+from .schema import baseline_input, node_schema, seed_input
+from .sockets import FullClip
 
 
 class EvalTypographic(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="EvalTypographic",
-            display_name="Evaluate Typographic Attack",
-            category=CATEGORY,
-            description="How many pictures of a labelled folder the model still recognises with the name of another "
-            "class written on them, and how often it believes the word; or the same on pictures that people wrote on.",
-            search_aliases=["typographic attack", "SCAM", "robustness"],
-            inputs=evaluation_inputs(
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**53,
-                    control_after_generate=False,
-                    optional=True,
-                    tooltip="Which words are drawn, where, and in which fonts and colours.",
-                ),
-            ),
-            outputs=evaluation_outputs("accuracy_under_attack"),
-            hidden=[io.Hidden.unique_id],
-            is_output_node=True,
+    def define_schema(cls) -> io.Schema:
+        return evaluation_schema(
+            "EvalTypographic",
+            "Evaluate Typographic Attack",
+            "Measures how many images of a labelled folder the model still recognises when the name of another class "
+            "is written on them, and how often it believes the word. Also for photos of real handwritten attacks.",
+            "scam, text on image, robustness",
+            "accuracy_under_attack",
+            seed_input("Decides which words are drawn, where, and in which fonts and colours."),
         )
 
     @classmethod
-    def execute(cls, full_clip, dataset, baseline=None, seed=0):
-        results, display = measure(
-            cls,
-            lambda model, **host_calls: eval_typographic(model, dataset, seed=seed, **host_calls),
-            full_clip,
-            baseline,
-        )
-        model, before = results["model"], results.get("baseline")
-        sentence = against_baseline(
-            "Accuracy under attack", model.accuracy_under_attack, before and before.accuracy_under_attack
-        )
-        display.say(sentence)
-        sheet, heading = sheet_of(dataset, model, before), sheet_heading(before is not None)
-        chart = host.image_tensor(attack_chart(_groups(results), sheet, title=sentence, heading=f"{heading}:"))
-        return io.NodeOutput(model.accuracy_under_attack, _table(results), chart, ui=ui.PreviewImage(chart, cls=cls))
-
-
-def _groups(results):
-    """{what is measured: {model: share}}, as bars."""
-    groups: dict[str, dict[str, float]] = {}
-    for name, found in results.items():
-        for kind, shares in found.kinds.items():
-            groups.setdefault(f"right, {kind}", {})[name] = shares.accuracy
-        groups.setdefault("the word wins", {})[name] = found.word_wins
-    return groups
-
-
-def _table(results):
-    kinds = next(iter(results.values())).kinds
-    measures = {
-        "right": lambda shares: percent(shares.accuracy),
-        "the written word wins": lambda shares: percent(shares.word_wins),
-        "object over its word": lambda shares: percent(shares.object_over_word),
-    }
-    rows = [
-        {"pictures": f"{kind} ({kinds[kind].images}): {measure}"}
-        | {name: tell(found.kinds[kind]) for name, found in results.items()}
-        for kind in kinds
-        for measure, tell in measures.items()
-        if kind != CLEAN or measure != "the written word wins"
-    ]
-    return table(rows)
+    def execute(
+        cls, full_clip: FullCLIP, dataset: ClipDataset, baseline: FullCLIP | None = None, seed: int = 0
+    ) -> io.NodeOutput:
+        request = suite.Request(templates="simple", typographic=True, seed=seed)
+        return evaluate(cls, suite.TYPOGRAPHIC, request, full_clip, dataset, baseline)
 
 
 class RankCaptions(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="RankCaptions",
-            display_name="Rank Captions",
-            category=CATEGORY,
-            description="What a model thinks of one picture: which of some texts it finds nearest to it, beside what "
-            "the baseline finds.",
-            search_aliases=["zero-shot", "classify image", "compare captions", "softmax"],
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            "RankCaptions",
+            "Rank Captions",
+            "evaluate",
+            "Shows what a model thinks of one image: which of your texts fits it best, beside what the baseline says.",
+            aliases="zero-shot, classify image, compare captions, clip score, evaluate",
             inputs=[
                 FullClip.Input("full_clip"),
-                io.Image.Input("image", tooltip="The first image of a batch is ranked."),
+                io.Image.Input("image", tooltip="Of a batch, the first image is used."),
                 io.String.Input(
-                    "texts", default="a photo of a cat\na photo of a dog", multiline=True, tooltip="One text a line."
+                    "texts", default="a photo of a cat\na photo of a dog", multiline=True, tooltip="One text per line."
                 ),
-                FullClip.Input("baseline", optional=True, tooltip="The model to compare with, such as the original."),
+                baseline_input(optional=True),
             ],
-            outputs=[io.Image.Output(display_name="chart"), io.String.Output(display_name="table")],
-            hidden=[io.Hidden.unique_id],
+            outputs=dict(chart=io.Image, table=io.String),
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, full_clip, image, texts, baseline=None):
-        display = host.Display(cls.hidden.unique_id)
-        picture = _pil(host.image_array(image[0]))
-        found = {}
-        with host.whole_device():
-            for name, model in (("model", full_clip), ("baseline", baseline)):
-                if model is not None:
-                    host.check_cancelled()
-                    found[name] = rank_captions(
-                        model, picture, texts.splitlines(), device=host.device(), features=feature_cache()
-                    )
-        mine = found["model"]
-        order = mine.order
-        more = [f"{len(image)} images came; the first is ranked."] if len(image) > 1 else []
-        for note in (*notes_of(mine, found.get("baseline")), *more):
-            display.say(note)
-        first = mine.texts[order[0]]
-        sentence = f"Nearest: “{first}” ({percent(mine.shares[order[0]])})"
-        if "baseline" in found:
-            other = found["baseline"]
-            sentence += f"; the baseline finds “{other.texts[other.order[0]]}”"
-        display.say(f"{sentence}.")
-        chart = host.image_tensor(
-            ranking_chart(
-                picture,
-                [mine.texts[place] for place in order],
-                {name: [ranking.shares[place] for place in order] for name, ranking in found.items()},
-                {name: [ranking.cosines[place] for place in order] for name, ranking in found.items()},
-            )
-        )
-        return io.NodeOutput(chart, _ranking_table(found, order), ui=ui.PreviewImage(chart, cls=cls))
-
-
-def _pil(array):
-    return Image.fromarray(array if array.shape[2] > 1 else array[:, :, 0])
-
-
-def _ranking_table(found, order):
-    return table(
-        [
-            {"text": found["model"].texts[place]}
-            | {
-                f"{name} {what}": value
-                for name, ranking in found.items()
-                for what, value in (
-                    ("share", percent(ranking.shares[place])),
-                    ("cosine", f"{ranking.cosines[place]:.4f}"),
+    def execute(
+        cls, full_clip: FullCLIP, image: torch.Tensor, texts: str, baseline: FullCLIP | None = None
+    ) -> io.NodeOutput:
+        display, pil_image = Display(cls), to_pil(image[0])
+        models = {"model": full_clip} if baseline is None else {"model": full_clip, "baseline": baseline}
+        rankings: dict[str, Ranking] = {}
+        with exclusive_device():
+            for name, model in models.items():
+                check_cancelled()
+                rankings[name] = rank_captions(
+                    model, pil_image, texts.splitlines(), device=torch_device(), features=feature_cache()
                 )
-            }
-            for place in order
-        ]
-    )
+        if len(image) > 1:
+            display.note(f"The batch has {len(image)} images; the first is ranked.")
+        model, before = rankings["model"], rankings.get("baseline")
+        display.notes(notes_of(model.notes, None if before is None else before.notes))
+        display.note(_ranking_sentence(rankings))
+        chart = to_tensor(rankings_chart(pil_image, rankings))
+        return io.NodeOutput(chart, rankings_table(rankings), ui=ui.PreviewImage(chart, cls=cls))
+
+
+def _ranking_sentence(rankings: Mapping[str, Ranking]) -> str:
+    model, baseline = rankings["model"], rankings.get("baseline")
+    best = model.order[0]
+    sentence = f"Nearest: “{model.texts[best]}” ({percent(model.shares[best])})"
+    if baseline is None:
+        return f"{sentence}."
+    return f"{sentence}; the baseline says “{baseline.texts[baseline.order[0]]}”."
 
 
 NODES = [EvalTypographic, RankCaptions]

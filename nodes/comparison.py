@@ -1,200 +1,178 @@
-"""Nodes that lay a model over its baseline: compare, plot GmP, blend."""
+"""Nodes that look at a model beside the one it was trained from: compare, plot GmP, blend."""
 
 from __future__ import annotations
-
-import contextlib
 
 from comfy_api.latest import io, ui
 
 from ..engine.clip.blend import blend
-from ..engine.data.images.image_cache import ImageCache
+from ..engine.clip.full_clip import FullCLIP
+from ..engine.data.dataset import ClipDataset
 from ..engine.evaluate.comparison import compare_full_clips
 from ..engine.evaluate.drift import PROMPTS
 from ..engine.evaluate.gmp_form import gmp_form
 from ..engine.evaluate.sweep import blend_sweep
 from ..engine.evaluate.zero_shot import TEMPLATES
-from . import host
-from .evaluation import feature_cache
-from .sockets import CATEGORY, Dataset, FullClip
-
-_BASELINE_TOOLTIP = "The model that the training began from."
+from .evaluation import evaluating
+from .host.device import check_cancelled, exclusive_device, torch_device
+from .host.display import Display, to_tensor
+from .schema import baseline_input, node_schema, widget
+from .sockets import Dataset, FullClip
 
 
 class CompareFullCLIP(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="CompareFullCLIP",
-            display_name="Compare Full CLIP",
-            category=CATEGORY,
-            description="Is the trained model sound? Shows how its embeddings, its weights and what image models read "
-            "of it have changed, before any picture is generated.",
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            "CompareFullCLIP",
+            "Compare Full CLIP",
+            "evaluate",
+            "Checks whether the training damaged the model: shows how its embeddings, its weights and the "
+            "conditioning that image models read have changed, before you generate an image.",
+            aliases="drift, is my clip broken, pca, modality gap, before and after, health",
             inputs=[
                 FullClip.Input("full_clip"),
-                FullClip.Input("baseline", tooltip=_BASELINE_TOOLTIP),
-                Dataset.Input("dataset", tooltip="Pictures that were not trained on, some hundred at least."),
-                io.String.Input(
+                baseline_input(),
+                Dataset.Input("dataset", tooltip="Images that were not trained on, at least some hundred."),
+                widget(
                     "prompts",
-                    default="",
+                    "",
+                    "Prompts that you use, one per line, to measure how far their conditioning has moved. "
+                    "Empty: a list of common prompts.",
                     multiline=True,
-                    optional=True,
-                    tooltip="What you ask image models for, one prompt a line, to see how far their conditioning has "
-                    "moved. Empty: a list of common ones.",
                 ),
             ],
-            outputs=[io.String.Output(display_name="table"), io.Image.Output(display_name="chart")],
-            hidden=[io.Hidden.unique_id],
+            outputs=dict(table=io.String, chart=io.Image),
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, full_clip, baseline, dataset, prompts=""):
+    def execute(cls, full_clip: FullCLIP, baseline: FullCLIP, dataset: ClipDataset, prompts: str = "") -> io.NodeOutput:
+        display = Display(cls)
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
-        with _measuring(cls) as (display, measuring):
-            found = compare_full_clips(full_clip, baseline, dataset, prompts=lines or PROMPTS, **measuring)
-        display.conclude(*found.verdict, *found.notes)
-        chart = host.image_tensor(found.chart())
-        return io.NodeOutput(found.table(), chart, ui=ui.PreviewImage(chart, cls=cls))
+        with evaluating(display) as host_arguments:
+            comparison = compare_full_clips(full_clip, baseline, dataset, prompts=lines or PROMPTS, **host_arguments)
+        display.conclude(*comparison.verdict, *comparison.notes)
+        chart = to_tensor(comparison.chart())
+        return io.NodeOutput(comparison.table(), chart, ui=ui.PreviewImage(chart, cls=cls))
 
 
 class PlotGmP(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="PlotGmP",
-            display_name="Plot GmP",
-            category=CATEGORY,
-            description="How long the rows of the MLP weights are (r) and where they point (theta), by tower and "
-            "depth, before and after a training.",
-            inputs=[
-                FullClip.Input("full_clip"),
-                FullClip.Input("baseline", optional=True, tooltip=_BASELINE_TOOLTIP),
-            ],
-            outputs=[io.Image.Output(display_name="chart")],
-            hidden=[io.Hidden.unique_id],
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            "PlotGmP",
+            "Plot GmP",
+            "evaluate",
+            "Plots the length (r) and direction (theta) of the rows of the MLP weights, by tower and "
+            "depth, before and after training.",
+            aliases="geometric parameterization, weights, theta, chart",
+            inputs=[FullClip.Input("full_clip"), baseline_input(optional=True)],
+            outputs=dict(chart=io.Image),
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, full_clip, baseline=None):
-        display = host.Display(cls.hidden.unique_id)
-        with host.whole_device():
-            found = gmp_form(
+    def execute(cls, full_clip: FullCLIP, baseline: FullCLIP | None = None) -> io.NodeOutput:
+        display = Display(cls)
+        with exclusive_device():
+            form = gmp_form(
                 full_clip,
                 baseline,
-                device=host.device(),
-                on_progress=display.count,
-                check_cancelled=host.check_cancelled,
+                device=torch_device(),
+                on_progress=display.progress,
+                check_cancelled=check_cancelled,
             )
-        display.conclude(found.sentence, *found.notes)
-        chart = host.image_tensor(found.chart())
+        display.conclude(form.sentence, *form.notes)
+        chart = to_tensor(form.chart())
         return io.NodeOutput(chart, ui=ui.PreviewImage(chart, cls=cls))
 
 
 class BlendFullCLIP(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="BlendFullCLIP",
-            display_name="Blend Full CLIP",
-            category=CATEGORY,
-            description="Mixes the weights of a trained model with those of the one that it was made from: often as "
-            "good on the new pictures, and better on everything else.",
-            search_aliases=["wise-ft", "interpolate clip"],
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            "BlendFullCLIP",
+            "Blend Full CLIP",
+            "model",
+            "Mixes the weights of a trained model with those of the one it was trained from: often as good "
+            "on the new images, and better on everything else.",
+            aliases="wise-ft, interpolate clip, merge, mix, strength",
             inputs=[
                 FullClip.Input("full_clip"),
-                FullClip.Input("baseline", tooltip=_BASELINE_TOOLTIP),
-                io.Float.Input(
+                baseline_input(),
+                widget(
                     "alpha",
-                    default=0.5,
+                    0.5,
+                    "1 is full_clip, 0 is baseline, 0.5 half of each. Above 1 exaggerates the training.",
                     min=0.0,
                     max=2.0,
                     step=0.05,
-                    optional=True,
-                    tooltip="1 is full_clip, 0 is baseline, 0.5 half of each. Above 1 goes further than the training.",
                 ),
             ],
-            outputs=[FullClip.Output(display_name="full_clip")],
-            hidden=[io.Hidden.unique_id],
+            outputs=dict(full_clip=FullClip),
         )
 
     @classmethod
-    def execute(cls, full_clip, baseline, alpha=0.5):
+    def execute(cls, full_clip: FullCLIP, baseline: FullCLIP, alpha: float = 0.5) -> io.NodeOutput:
         return io.NodeOutput(blend(full_clip, baseline, alpha))
 
 
 class BlendSweep(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="BlendSweep",
-            display_name="Blend Sweep",
-            category=CATEGORY,
-            description="Measures blends of a trained model and the one that it was made from, from one to the other, "
-            "and gives the best.",
-            search_aliases=["wise-ft"],
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            "BlendSweep",
+            "Blend Sweep",
+            "evaluate",
+            "Measures blends of a trained model and the one it was trained from, and returns the best.",
+            aliases="wise-ft, interpolate clip, find best strength, merge",
             inputs=[
                 FullClip.Input("full_clip"),
-                FullClip.Input("baseline", tooltip=_BASELINE_TOOLTIP),
-                Dataset.Input("dataset", tooltip="What the model was trained for: validation pictures."),
+                baseline_input(),
+                Dataset.Input("dataset", tooltip="What the model was trained for: validation images."),
                 Dataset.Input(
                     "general",
                     optional=True,
-                    tooltip="What the model must not forget: labelled pictures of other things.",
+                    tooltip="What the model must not forget: images of other things in a subfolder per class.",
                 ),
-                io.Int.Input(
+                widget(
                     "steps",
-                    default=11,
+                    11,
+                    "Number of blends to measure, evenly spaced; 11 measures every tenth.",
                     min=2,
                     max=101,
-                    optional=True,
                     advanced=True,
-                    tooltip="How many blends are measured, evenly spaced; 11 is every tenth.",
                 ),
-                io.Combo.Input(
+                widget(
                     "templates",
-                    options=[name for name in TEMPLATES if name != "custom"],
-                    default="openai-80",
-                    optional=True,
+                    "openai-80",
+                    "Sentences around each class name, for datasets with classes; simple is much faster.",
+                    choices=[name for name in TEMPLATES if name != "custom"],
                     advanced=True,
-                    tooltip="Sentences that a class name is put into, for labelled pictures. simple is much faster "
-                    "where there are many classes.",
                 ),
             ],
-            outputs=[
-                FullClip.Output(display_name="full_clip"),
-                io.Image.Output(display_name="chart"),
-                io.String.Output(display_name="table"),
-            ],
-            hidden=[io.Hidden.unique_id],
+            outputs=dict(full_clip=FullClip, chart=io.Image, table=io.String),
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, full_clip, baseline, dataset, general=None, steps=11, templates="openai-80"):
-        with _measuring(cls) as (display, measuring):
-            found = blend_sweep(full_clip, baseline, dataset, general, steps=steps, templates=templates, **measuring)
-        display.conclude(found.sentence, found.rule, *found.notes)
-        chart = host.image_tensor(found.chart())
-        return io.NodeOutput(found.best, chart, found.table(), ui=ui.PreviewImage(chart, cls=cls))
-
-
-@contextlib.contextmanager
-def _measuring(cls):
-    """(a display, what engine functions want of the host), while ComfyUI's own models are off the device."""
-    display = host.Display(cls.hidden.unique_id)
-    cache = ImageCache(host.image_cache_folder(), on_note=display.say)
-    with host.whole_device(), contextlib.closing(cache):
-        yield (
-            display,
-            {
-                "device": host.device(),
-                "cache": cache,
-                "features": feature_cache(),
-                "on_progress": display.count,
-                "check_cancelled": host.check_cancelled,
-            },
-        )
+    def execute(
+        cls,
+        full_clip: FullCLIP,
+        baseline: FullCLIP,
+        dataset: ClipDataset,
+        general: ClipDataset | None = None,
+        steps: int = 11,
+        templates: str = "openai-80",
+    ) -> io.NodeOutput:
+        display = Display(cls)
+        with evaluating(display) as host_arguments:
+            sweep = blend_sweep(
+                full_clip, baseline, dataset, general, steps=steps, templates=templates, **host_arguments
+            )
+        display.conclude(sweep.sentence, sweep.rule, *sweep.notes)
+        chart = to_tensor(sweep.chart())
+        return io.NodeOutput(sweep.best, chart, sweep.table(), ui=ui.PreviewImage(chart, cls=cls))
 
 
 NODES = [CompareFullCLIP, PlotGmP, BlendFullCLIP, BlendSweep]

@@ -1,160 +1,133 @@
-"""Nodes that open data sets, make and join them, and write their captions in another format."""
+"""Nodes that load datasets, build and combine them, and convert their captions."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy
+import torch
 from comfy_api.latest import io
 
+from ..engine.data.dataset import ClipDataset
 from ..engine.data.from_images import dataset_from_images
 from ..engine.data.load import combine_datasets, load_dataset
 from ..engine.data.readers.coco import coco_file_beside
-from ..engine.data.readers.registry import FORMAT_NAMES, WRITERS
+from ..engine.data.readers.registry import WRITERS
 from ..engine.data.splits import split_dataset
 from ..engine.data.tools.convert import convert_captions
 from ..engine.errors import UserError
-from . import host
-from .sockets import CATEGORY, Dataset
+from .host import folders
+from .host.device import check_cancelled
+from .host.display import Display, to_array
+from .schema import captions_input, folder_input, node_schema, seed_input, widget
+from .sockets import Dataset
 
-_FOLDER_TOOLTIP = "Press R after adding a folder."
-_CAPTIONS_TOOLTIP = "Where the captions are: auto recognises it."
-_MOST_DATASETS = 32
-
-
-def _column_inputs():
-    return [
-        io.String.Input(
-            "image_column",
-            default="",
-            optional=True,
-            advanced=True,
-            tooltip="Of a table: the column with the pictures' names. Empty: it is recognised.",
-        ),
-        io.String.Input(
-            "caption_column",
-            default="",
-            optional=True,
-            advanced=True,
-            tooltip="Of a table: the column with captions, or several, separated by commas. Empty: it is recognised.",
-        ),
-    ]
+_MAX_DATASETS = 32
 
 
-def _open(folder, captions, image_column, caption_column):
-    return load_dataset(host.find_dataset(folder), captions, image_column=image_column, caption_column=caption_column)
+def _column_inputs() -> list[io.Input]:
+    image = "For a table: the column with the image file names. Empty: recognised by itself."
+    caption = "For a table: the columns with captions, separated by commas. Empty: recognised by itself."
+    return [widget("image_column", "", image, advanced=True), widget("caption_column", "", caption, advanced=True)]
 
 
-def _fingerprint(folder):
-    if folder not in host.list_datasets():
+def dataset_fingerprint(folder: str) -> Sequence[Any]:
+    """Return what ComfyUI compares to decide whether a dataset must be read again; cheap for a folder not listed."""
+    if folder not in folders.list_datasets():
         return (folder,)
-    place = host.find_dataset(folder)
-    return [*host.folder_fingerprint(place), host.file_fingerprint(str(coco_file_beside(Path(place))))]
+    path = folders.find_dataset(folder)
+    return [*folders.folder_fingerprint(path), folders.file_fingerprint(coco_file_beside(path))]
 
 
 class LoadCLIPDataset(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="LoadCLIPDataset",
-            display_name="Load CLIP Dataset",
-            category=CATEGORY,
-            description="Opens a folder of captioned pictures: text files beside the pictures, a labels JSON, a CSV "
-            "with the columns image and caption, what kohya's scripts, COCO and Hugging Face have, or a subfolder for "
-            "each class. The folder lies in ComfyUI's datasets or input folder, or, with captions beside the pictures, "
-            "in its output folder.",
-            search_aliases=["captions", "training images", "kohya", "coco"],
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            "LoadCLIPDataset",
+            "Load CLIP Dataset",
+            "dataset",
+            "Loads a folder of captioned images: text files beside the images, a labels JSON, a CSV with "
+            "the columns image and caption, the formats of kohya, COCO and Hugging Face, or a subfolder for each "
+            "class. Folders are listed from ComfyUI's datasets and input folders, and from output where captions lie "
+            "beside images.",
+            aliases="captions, training images, load images, kohya, coco",
             inputs=[
-                io.Combo.Input("folder", options=host.list_datasets(), tooltip=_FOLDER_TOOLTIP),
-                io.Combo.Input(
-                    "captions", options=list(FORMAT_NAMES), default="auto", optional=True, tooltip=_CAPTIONS_TOOLTIP
-                ),
-                io.Float.Input(
+                folder_input(),
+                captions_input(advanced=False),
+                widget(
                     "validation_split",
-                    default=0.1,
+                    0.1,
+                    "Share of the images that is not trained on, but used to measure the training.",
                     min=0.0,
                     max=0.9,
                     step=0.01,
-                    optional=True,
-                    tooltip="The share of the pictures that is kept from training, to measure on.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**53,
-                    control_after_generate=False,
-                    optional=True,
-                    tooltip="Which pictures are kept for validation.",
-                ),
+                seed_input("Decides which images are used for validation."),
                 *_column_inputs(),
             ],
-            outputs=[Dataset.Output(display_name="train"), Dataset.Output(display_name="validation")],
-            hidden=[io.Hidden.unique_id],
+            outputs=dict(train=Dataset, validation=Dataset),
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder, **widgets):
-        return _fingerprint(folder)
+    def fingerprint_inputs(cls, folder: str, **widgets: Any) -> Sequence[Any]:
+        return dataset_fingerprint(folder)
 
     @classmethod
-    def execute(cls, folder, captions="auto", validation_split=0.1, seed=0, image_column="", caption_column=""):
-        opened = _open(folder, captions, image_column, caption_column)
-        train, validation = split_dataset(opened, validation_split, seed)
-        display = host.Display(cls.hidden.unique_id)
-        display.say(f"{len(train)} pictures to train on, {len(validation)} to validate on: {opened.reason}.")
-        for note in opened.notes:
-            display.say(note)
+    def execute(
+        cls, folder: str, captions: str = "auto", validation_split: float = 0.1, seed: int = 0, **columns: str
+    ) -> io.NodeOutput:
+        dataset = load_dataset(folders.find_dataset(folder), captions, **columns)
+        train, validation = split_dataset(dataset, validation_split, seed)
+        display = Display(cls)
+        display.note(f"{len(train)} images for training, {len(validation)} for validation: {dataset.reason}.")
+        display.notes(dataset.notes)
         return io.NodeOutput(train, validation)
 
 
 class CLIPDatasetFromImages(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="CLIPDatasetFromImages",
-            display_name="CLIP Dataset from Images",
-            category=CATEGORY,
-            description="Makes a data set of the images and captions of other nodes: of any captioner, for example. "
-            "The images are kept as files in ComfyUI's temp folder.",
-            search_aliases=["captioner", "image list", "image to dataset"],
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            "CLIPDatasetFromImages",
+            "CLIP Dataset from Images",
+            "dataset",
+            "Makes a dataset from the images and captions of other nodes, such as a captioner. The images "
+            "are stored in ComfyUI's temp folder.",
+            aliases="captioner, image list to dataset, florence, training images",
             is_input_list=True,
             inputs=[
                 io.Image.Input("images", tooltip="A list of images, or a batch."),
                 io.String.Input(
                     "captions",
                     force_input=True,
-                    tooltip="A text for each image, or for each batch; every line in it is a caption.",
+                    tooltip="One text per image, or per batch; each line of it is a caption.",
                 ),
             ],
-            outputs=[Dataset.Output(display_name="dataset")],
-            hidden=[io.Hidden.unique_id],
+            outputs=dict(dataset=Dataset),
         )
 
     @classmethod
-    def execute(cls, images, captions):
-        display = host.Display(cls.hidden.unique_id)
-        dataset = dataset_from_images(
-            _pictures(images, display), _texts(images, captions), host.prepared_images_folder()
-        )
-        display.say(f"{len(dataset)} pictures with captions.")
-        for note in dataset.notes:
-            display.say(note)
+    def execute(cls, images: list[torch.Tensor], captions: list[str]) -> io.NodeOutput:
+        display = Display(cls)
+        dataset = dataset_from_images(_arrays(images, display), _texts(images, captions), folders.graph_images_folder())
+        display.note(f"{len(dataset)} images with captions.")
+        display.notes(dataset.notes)
         return io.NodeOutput(dataset)
 
 
-def _pictures(batches: Sequence, display: host.Display) -> Iterator:
-    """Each picture of the batches as a uint8 array; one at a time, so that no second copy of them all is made."""
+def _arrays(batches: Sequence[torch.Tensor], display: Display) -> Iterator[numpy.ndarray]:
+    """Yield the images of all batches as uint8, one at a time so that they are not all copied at once."""
     for done, batch in enumerate(batches, 1):
         for image in batch:
-            host.check_cancelled()
-            yield host.image_array(image)
-        display.count(done, len(batches))
+            check_cancelled()
+            yield to_array(image)
+        display.progress(done, len(batches))
 
 
-def _texts(batches: Sequence, captions: Sequence[str]) -> list[str]:
-    """A text for each picture: those of a batch share one if there is one a batch."""
+def _texts(batches: Sequence[torch.Tensor], captions: Sequence[str]) -> list[str]:
+    """Return a text for each image. Where there is one text per batch, the images of a batch share it."""
     if len(captions) != len(batches):
         return list(captions)
     return [caption for batch, caption in zip(batches, captions, strict=True) for _ in batch]
@@ -162,101 +135,87 @@ def _texts(batches: Sequence, captions: Sequence[str]) -> list[str]:
 
 class CombineCLIPDatasets(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="CombineCLIPDatasets",
-            display_name="Combine CLIP Datasets",
-            category=CATEGORY,
-            description="Makes one data set of several, to train on all of them together.",
-            search_aliases=["merge datasets", "join", "concatenate"],
+    def define_schema(cls) -> io.Schema:
+        names = [f"dataset_{number}" for number in range(1, _MAX_DATASETS + 1)]
+        return node_schema(
+            "CombineCLIPDatasets",
+            "Combine CLIP Datasets",
+            "dataset",
+            "Combines several datasets into one, to train on all of them together.",
+            aliases="merge datasets, join, concatenate, mix, weights",
             inputs=[
                 io.Autogrow.Input(
                     "datasets",
-                    template=io.Autogrow.TemplateNames(
-                        Dataset.Input("dataset"), names=[f"dataset_{n}" for n in range(1, _MOST_DATASETS + 1)], min=1
-                    ),
-                    tooltip="Another input appears for each that is connected.",
+                    template=io.Autogrow.TemplateNames(Dataset.Input("dataset"), names=names, min=1),
+                    tooltip="Connect one, and another input appears.",
                 ),
-                io.String.Input(
+                widget(
                     "weights",
-                    default="",
-                    optional=True,
-                    tooltip="How often the pictures of each data set come beside those of the others, such as 2, 1. "
-                    "Empty: all equally often.",
+                    "",
+                    "How often the images of each dataset are used in an epoch, such as 2, 1. Empty: all once.",
                 ),
             ],
-            outputs=[Dataset.Output(display_name="dataset")],
-            hidden=[io.Hidden.unique_id],
+            outputs=dict(dataset=Dataset),
         )
 
     @classmethod
-    def execute(cls, datasets: io.Autogrow.Type, weights=""):
+    def execute(cls, datasets: Mapping[str, ClipDataset], weights: str = "") -> io.NodeOutput:
         names = sorted(datasets, key=lambda name: int(name.rpartition("_")[2]))
-        combined = combine_datasets([datasets[name] for name in names], _numbers(weights))
-        display = host.Display(cls.hidden.unique_id)
-        drawn = sum(combined.repeats) if combined.repeats else len(combined)
-        display.say(f"{len(combined)} pictures; an epoch draws {drawn}.")
+        combined = combine_datasets([datasets[name] for name in names], _parse_weights(weights))
+        per_epoch = sum(combined.repeats) if combined.repeats else len(combined)
+        Display(cls).note(f"{len(combined)} images; {per_epoch} per epoch.")
         return io.NodeOutput(combined)
 
 
-def _numbers(weights: str) -> list[float] | None:
+def _parse_weights(weights: str) -> list[float] | None:
     try:
         return [float(word) for word in re.split(r"[\s,;]+", weights.strip()) if word] or None
     except ValueError as error:
-        raise UserError(f"weights is {weights!r}; give a number for each data set, such as 2, 1.") from error
+        raise UserError(f"weights is {weights!r}; give one number for each dataset, such as 2, 1.") from error
 
 
 class ConvertCLIPCaptions(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="ConvertCLIPCaptions",
-            display_name="Convert CLIP Captions",
-            category=CATEGORY,
-            description="Writes a folder's captions in another format, for other programs, into a new folder in "
-            "ComfyUI's datasets folder, with the pictures. The old folder stays as it is.",
-            search_aliases=["kohya", "metadata.jsonl", "caption files"],
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            "ConvertCLIPCaptions",
+            "Convert CLIP Captions",
+            "dataset",
+            "Writes the captions of a dataset in another format, for other programs: into a new folder in "
+            "ComfyUI's datasets folder, with the images. The original folder is left unchanged.",
+            aliases="kohya, metadata.jsonl, caption files, export captions, csv",
             inputs=[
-                io.Combo.Input("folder", options=host.list_datasets(), tooltip=_FOLDER_TOOLTIP),
+                folder_input(),
                 io.Combo.Input(
                     "to",
                     options=list(WRITERS),
                     default="sidecar",
-                    tooltip="json: a labels JSON. sidecar: a text file beside each picture. kohya: meta_cap.json. "
+                    tooltip="json: a labels JSON. sidecar: a text file beside each image. kohya: meta_cap.json. "
                     "metadata: Hugging Face's metadata.jsonl. csv: image,caption. coco: COCO's captions.",
                 ),
-                io.Combo.Input(
-                    "captions",
-                    options=list(FORMAT_NAMES),
-                    default="auto",
-                    optional=True,
-                    advanced=True,
-                    tooltip=_CAPTIONS_TOOLTIP,
-                ),
+                captions_input(advanced=True),
                 *_column_inputs(),
             ],
-            outputs=[io.String.Output(display_name="folder")],
-            hidden=[io.Hidden.unique_id],
+            outputs=dict(folder=io.String),
             is_output_node=True,
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder, **widgets):
-        return _fingerprint(folder)
+    def fingerprint_inputs(cls, folder: str, **widgets: Any) -> Sequence[Any]:
+        return dataset_fingerprint(folder)
 
     @classmethod
-    def execute(cls, folder, to, captions="auto", image_column="", caption_column=""):
-        display = host.Display(cls.hidden.unique_id)
-        opened = _open(folder, captions, image_column, caption_column)
-        name, place = host.new_dataset_folder(f"{folder}_{to}")
+    def execute(cls, folder: str, to: str, captions: str = "auto", **columns: str) -> io.NodeOutput:
+        display = Display(cls)
+        dataset = load_dataset(folders.find_dataset(folder), captions, **columns)
+        path = folders.new_dataset_path(f"{folder}_{to}")
 
-        def count(done: int, total: int) -> None:
-            host.check_cancelled()
-            display.count(done, total)
+        def on_progress(done: int, total: int) -> None:
+            check_cancelled()
+            display.progress(done, total)
 
-        for sentence in convert_captions(opened, to, place, on_progress=count):
-            display.say(sentence)
-        return io.NodeOutput(name)
+        display.notes(convert_captions(dataset, to, path, on_progress=on_progress))
+        return io.NodeOutput(path.name)
 
 
 NODES = [LoadCLIPDataset, CLIPDatasetFromImages, CombineCLIPDatasets, ConvertCLIPCaptions]

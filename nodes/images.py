@@ -1,163 +1,121 @@
-"""Nodes that look into data sets and make new ones out of them."""
+"""Nodes that inspect a dataset's images and make new image folders."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from comfy_api.latest import io, ui
 
+from ..engine.data.dataset import ClipDataset
 from ..engine.data.load import load_dataset
-from ..engine.data.readers.registry import FORMAT_NAMES
 from ..engine.data.tools.findings import report_text
 from ..engine.data.tools.inspect import inspect_dataset, sample_images
 from ..engine.data.tools.prepare import Preparation, prepare_images
 from ..engine.report.charts import dataset_chart
 from ..engine.report.contact_sheet import contact_sheet
 from ..engine.settings import setting_infos
-from . import host
-from .sockets import CATEGORY, Dataset
+from .dataset import dataset_fingerprint
+from .host import folders
+from .host.device import check_cancelled, torch_device
+from .host.display import Display, to_tensor
+from .schema import captions_input, folder_input, node_schema, seed_input, setting_input, widget
+from .sockets import Dataset
 
 
 class InspectCLIPDataset(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="InspectCLIPDataset",
-            display_name="Inspect CLIP Dataset",
-            category=CATEGORY,
-            description="Opens every picture and reads every caption of a data set: what is broken, twice there, cut "
-            "off or without a caption, and what to do about it; some pictures with their captions; charts.",
-            search_aliases=["duplicates", "broken images", "contact sheet", "statistics"],
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            "InspectCLIPDataset",
+            "Inspect CLIP Dataset",
+            "dataset",
+            "Opens every image and reads every caption of a dataset: finds what is broken, duplicated, cut "
+            "off or without a caption, and says what to do about it. Shows sample images with their captions, and "
+            "charts.",
+            aliases="duplicates, broken images, contact sheet, statistics, check dataset",
             inputs=[
                 Dataset.Input("dataset"),
-                io.Int.Input(
-                    "pictures",
-                    default=24,
-                    min=1,
-                    max=200,
-                    optional=True,
-                    tooltip="How many pictures are on the contact sheet.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**53,
-                    control_after_generate=False,
-                    optional=True,
-                    tooltip="Which pictures are on the contact sheet.",
-                ),
-                io.Int.Input(
+                widget("images", 24, "Number of images on the contact sheet.", min=1, max=200),
+                seed_input("Decides which images are on the contact sheet."),
+                widget(
                     "context_length",
-                    default=77,
+                    77,
+                    "Number of tokens the model reads; longer captions count as cut off.",
                     min=16,
                     max=4096,
-                    optional=True,
                     advanced=True,
-                    tooltip="How many tokens the model reads; longer captions are counted as cut off.",
                 ),
             ],
-            outputs=[
-                io.String.Output(display_name="report"),
-                io.Image.Output(display_name="contact_sheet"),
-                io.Image.Output(display_name="chart"),
-            ],
-            hidden=[io.Hidden.unique_id],
+            outputs=dict(report=io.String, contact_sheet=io.Image, chart=io.Image),
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, dataset, pictures=24, seed=0, context_length=77):
-        display = host.Display(cls.hidden.unique_id)
-        found = inspect_dataset(
-            dataset, context_length=context_length, on_progress=display.count, check_cancelled=host.check_cancelled
+    def execute(cls, dataset: ClipDataset, images: int = 24, seed: int = 0, context_length: int = 77) -> io.NodeOutput:
+        display = Display(cls)
+        findings = inspect_dataset(
+            dataset, context_length=context_length, on_progress=display.progress, check_cancelled=check_cancelled
         )
-        report = report_text(found)
-        for paragraph in reversed(report.split("\n\n")):  # the page shows what was said last first
-            display.say(paragraph.partition("\n")[0].rstrip(":"))
-        sheet = host.image_tensor(contact_sheet(sample_images(dataset, pictures, seed)))
-        chart = dataset_chart(found.token_counts, context_length, found.sizes.tolist(), found.classes)
-        return io.NodeOutput(report, sheet, host.image_tensor(chart), ui=ui.PreviewImage(sheet, cls=cls))
+        report = report_text(findings)
+        display.conclude(*(paragraph.partition("\n")[0].rstrip(":") for paragraph in report.split("\n\n")))
+        sheet = to_tensor(contact_sheet(sample_images(dataset, images, seed)))
+        chart = dataset_chart(findings.token_counts, context_length, findings.sizes.tolist(), findings.classes)
+        return io.NodeOutput(report, sheet, to_tensor(chart), ui=ui.PreviewImage(sheet, cls=cls))
 
 
 _BASIC = ("crop", "jitter_copies", "flip", "seed", "detector", "only", "never")
 
 
-def _preparation_inputs():
-    """Yield a widget for each field of `Preparation`."""
-    for info in setting_infos(Preparation).values():
-        common = {"default": info.default, "optional": True, "tooltip": info.help, "advanced": info.name not in _BASIC}
-        ends = {"min": info.min, "max": info.max}
-        if info.choices:
-            yield io.Combo.Input(info.name, options=list(info.choices), **common)
-        elif info.kind is str:
-            yield io.String.Input(info.name, **common)
-        elif info.kind is float:
-            yield io.Float.Input(info.name, **ends, step=info.step, **common)
-        elif info.name == "seed":
-            yield io.Int.Input(info.name, **ends, control_after_generate=False, **common)
-        else:
-            yield io.Int.Input(info.name, **ends, **common)
-
-
 class PrepareCLIPImages(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="PrepareCLIPImages",
-            display_name="Prepare CLIP Images",
-            category=CATEGORY,
-            description="Makes a new folder out of a folder of captioned pictures: copies in other colours, mirrored "
-            "copies, squares out of the middle or around objects. Captions are carried over; the old folder stays as "
-            "it is. The new one is in ComfyUI's datasets folder.",
-            search_aliases=["augmentation", "crop", "color jitter", "flip", "object detection"],
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            "PrepareCLIPImages",
+            "Prepare CLIP Images",
+            "dataset",
+            "Makes a new dataset folder from a folder of captioned images: copies in other colours, "
+            "mirrored copies, squares from the middle or around objects. Captions are carried over, and the original "
+            "folder is left unchanged. The new one is in ComfyUI's datasets folder.",
+            aliases="augmentation, crop, color jitter, flip, mirror, object detection",
             inputs=[
-                io.Combo.Input("folder", options=host.list_datasets(), tooltip="Press R after adding a folder."),
-                *_preparation_inputs(),
-                io.Combo.Input(
-                    "captions",
-                    options=list(FORMAT_NAMES),
-                    default="auto",
-                    optional=True,
-                    advanced=True,
-                    tooltip="Where the captions are: auto recognises it.",
+                folder_input(),
+                *(
+                    setting_input(info, advanced=info.name not in _BASIC)
+                    for info in setting_infos(Preparation).values()
                 ),
-                io.String.Input(
-                    "name",
-                    default="",
-                    optional=True,
-                    tooltip="Of the new folder. Empty: that of the old one and _prepared.",
-                ),
+                captions_input(advanced=True),
+                widget("name", "", "Name of the new folder. Empty: the old name with _prepared."),
             ],
-            outputs=[io.String.Output(display_name="folder")],
-            hidden=[io.Hidden.unique_id],
+            outputs=dict(folder=io.String),
             is_output_node=True,
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder, **widgets):
-        return host.folder_fingerprint(host.find_dataset(folder)) if folder in host.list_datasets() else (folder,)
+    def fingerprint_inputs(cls, folder: str, **widgets: Any) -> Sequence[Any]:
+        return dataset_fingerprint(folder)
 
     @classmethod
-    def execute(cls, folder, captions="auto", name="", **settings):
-        display = host.Display(cls.hidden.unique_id)
+    def execute(cls, folder: str, captions: str = "auto", name: str = "", **settings: Any) -> io.NodeOutput:
+        display = Display(cls)
         prepared = prepare_images(
-            load_dataset(host.find_dataset(folder), captions),
-            host.dataset_path(name.strip() or f"{folder}_prepared"),
+            load_dataset(folders.find_dataset(folder), captions),
+            folders.dataset_path(name.strip() or f"{folder}_prepared"),
             Preparation(**settings),
             number_if_taken=True,
-            device=host.device(),
-            on_progress=display.count,
-            on_note=display.say,
-            check_cancelled=host.check_cancelled,
+            device=torch_device(),
+            on_progress=display.progress,
+            on_note=display.note,
+            check_cancelled=check_cancelled,
         )
-        made = prepared.folder.name
-        display.say(
-            f"{made} was made of these pictures with these settings before; it is used as it is."
+        new = prepared.folder.name
+        display.note(
+            f"{new} was made from these images with these settings before and is used again."
             if prepared.made_before
-            else f"Made {made}: press R, and choose it in Load CLIP Dataset."
+            else f"Made {new}: press R, and choose it in Load CLIP Dataset."
         )
-        for note in prepared.notes:
-            display.say(note)
-        return io.NodeOutput(made)
+        display.notes(prepared.notes)
+        return io.NodeOutput(new)
 
 
 NODES = [InspectCLIPDataset, PrepareCLIPImages]

@@ -1,211 +1,210 @@
-"""Nodes that open, fold, save and merge full CLIPs."""
+"""Nodes that load, fold, save and merge full CLIPs."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from comfy_api.latest import io
 
 from ..engine.clip.encoders import CLIP_L, require_text_tower
 from ..engine.clip.exports import EXPORTS, export
+from ..engine.clip.full_clip import FullCLIP
 from ..engine.clip.gmp import NOTHING_TO_FOLD, fold_gmp
 from ..engine.clip.load import load_full_clip
 from ..engine.clip.merge import merge_text_encoder, merge_vision_encoder, transplant_tower
 from ..engine.clip.tensor_files import MIXED
 from ..engine.clip.variants.long_clip import LONG_CONTEXT
 from ..engine.errors import UserError
-from . import host
-from .sockets import CATEGORY, PREFIX_TOOLTIP, FullClip
+from .host import clips, folders
+from .host.display import Display
+from .schema import filename_prefix_input, node_schema, widget
+from .sockets import FullClip
 
-# A text tower alone has nodes of its own: ExportClipL, ExportClipG and ExportClipLoRA.
-_FORMATS = {name: export_format for name, export_format in EXPORTS.items() if not export_format.text_only}
+# A text tower alone has nodes of its own.
+_FORMATS = {name: format for name, format in EXPORTS.items() if not format.text_only}
 
 
 class LoadFullCLIP(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="LoadFullCLIP",
-            display_name="Load Full CLIP",
-            category=CATEGORY,
-            description="Opens a full CLIP (both towers): a file in models/full_clip, one you saved, a run's best "
-            "model, or OpenAI's, which is downloaded when it is used.",
-            search_aliases=["clip vit-l", "clip model"],
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            "LoadFullCLIP",
+            "Load Full CLIP",
+            "model",
+            "Loads a full CLIP (text and vision tower): a file in models/full_clip, a model you saved, the "
+            "best model of a training, or OpenAI's, which is downloaded on first use.",
+            aliases="open clip, clip model, vit-l, checkpoint",
             inputs=[
-                io.Combo.Input("model", options=host.list_models(), tooltip="SD and SDXL use ViT-L-14."),
                 io.Combo.Input(
-                    "activation",
-                    options=["auto", "quick_gelu", "gelu"],
-                    default="auto",
-                    optional=True,
-                    advanced=True,
-                    tooltip="What the MLPs compute. OpenAI's models are quick_gelu, LAION's gelu; files seldom say it.",
+                    "model",
+                    options=folders.list_models(),
+                    tooltip="SD1.5, SDXL, SD3 and Flux use the text encoder of ViT-L-14. Press R after adding a file.",
                 ),
-                io.Combo.Input(
-                    "context_length",
-                    options=["auto", str(LONG_CONTEXT)],
-                    default="auto",
-                    optional=True,
+                widget(
+                    "activation",
+                    "auto",
+                    "The activation function of the MLPs. OpenAI's models use quick_gelu, LAION's gelu; few "
+                    "files say which.",
+                    choices=["auto", "quick_gelu", "gelu"],
                     advanced=True,
-                    tooltip=f"{LONG_CONTEXT}: room for long captions, as in Long-CLIP; a model for 77 tokens is "
-                    "stretched. Train it on long captions then.",
+                ),
+                widget(
+                    "context_length",
+                    "auto",
+                    f"{LONG_CONTEXT}: room for long captions, as in Long-CLIP. A model for 77 tokens is "
+                    "stretched; train it on long captions afterwards.",
+                    choices=["auto", str(LONG_CONTEXT)],
+                    advanced=True,
                 ),
             ],
-            outputs=[FullClip.Output(display_name="full_clip")],
-            hidden=[io.Hidden.unique_id],
+            outputs=dict(full_clip=FullClip),
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model, activation="auto", context_length="auto"):
-        return host.file_fingerprint(host.find_model(model)) if model in host.list_models() else (model,)
+    def fingerprint_inputs(cls, model: str, **widgets: Any) -> tuple[str | int, ...]:
+        return folders.file_fingerprint(folders.find_model(model)) if model in folders.list_models() else (model,)
 
     @classmethod
-    def execute(cls, model, activation="auto", context_length="auto"):
-        full_clip = load_full_clip(
-            host.find_model(model),
-            activation=activation,
-            context_length=None if context_length == "auto" else int(context_length),
+    def execute(cls, model: str, activation: str = "auto", context_length: str = "auto") -> io.NodeOutput:
+        length = None if context_length == "auto" else int(context_length)
+        full_clip = load_full_clip(folders.find_model(model), activation=activation, context_length=length)
+        sizes, form = full_clip.architecture, ", in GmP form" if full_clip.parameterization == "gmp" else ""
+        display = Display(cls)
+        display.note(
+            f"Vision tower of width {sizes.vision_width}, text tower of width {sizes.text_width}, "
+            f"{full_clip.dtypes[0]}{form}"
         )
-        display = host.Display(cls.hidden.unique_id)
-        a = full_clip.architecture
-        display.say(
-            f"{a.vision_width}-wide vision tower, {a.text_width}-wide text tower, {full_clip.dtypes[0]}"
-            + (", in GmP form" if full_clip.parameterization == "gmp" else "")
-        )
-        for note in full_clip.notes:
-            display.say(note)
+        display.notes(full_clip.notes)
         return io.NodeOutput(full_clip)
 
 
 class FoldGmP(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="FoldGmP",
-            display_name="Fold GmP",
-            category=CATEGORY,
-            description="Turns a model that was trained with GmP back into one with plain weights, which every program "
-            "opens. The two compute the same.",
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            "FoldGmP",
+            "Fold GmP",
+            "model",
+            "Converts a model that was trained with GmP back to plain weights, which every program can "
+            "load. It computes the same as before.",
+            aliases="geometric parameterization, convert, plain weights, clip",
             inputs=[FullClip.Input("full_clip")],
-            outputs=[FullClip.Output(display_name="full_clip")],
-            hidden=[io.Hidden.unique_id],
+            outputs=dict(full_clip=FullClip),
         )
 
     @classmethod
-    def execute(cls, full_clip):
-        folded = fold_gmp(full_clip)
+    def execute(cls, full_clip: FullCLIP) -> io.NodeOutput:
         if full_clip.parameterization == "linear":
-            host.Display(cls.hidden.unique_id).say(NOTHING_TO_FOLD)
-        return io.NodeOutput(folded)
+            Display(cls).note(NOTHING_TO_FOLD)
+        return io.NodeOutput(fold_gmp(full_clip))
 
 
 class SaveFullCLIP(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="SaveFullCLIP",
-            display_name="Save Full CLIP",
-            category=CATEGORY,
-            description="Saves a full CLIP in ComfyUI's output folder: as one file or a Hugging Face folder, both of "
-            "which Load Full CLIP lists, or its vision tower for Load CLIP Vision.",
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            "SaveFullCLIP",
+            "Save Full CLIP",
+            "model",
+            "Saves a full CLIP in ComfyUI's output folder: as one file or as a Hugging Face folder, which "
+            "Load Full CLIP can load again, or its vision tower alone.",
+            aliases="export clip, save model, hugging face, transformers, clip vision",
             inputs=[
                 FullClip.Input("full_clip"),
-                io.String.Input("filename_prefix", default="full_clip/my_clip", optional=True, tooltip=PREFIX_TOOLTIP),
-                io.Combo.Input(
+                filename_prefix_input("full_clip/my_clip"),
+                widget(
                     "format",
-                    options=list(_FORMATS),
-                    default="openai",
-                    optional=True,
-                    tooltip="\n".join(f"{name}: {export_format.help}." for name, export_format in _FORMATS.items()),
+                    "openai",
+                    "\n".join(f"{name}: {format.help}." for name, format in _FORMATS.items()),
+                    choices=_FORMATS,
                 ),
-                io.Combo.Input(
+                widget(
                     "dtype",
-                    options=["fp16", "bf16", "fp32", MIXED],
-                    default="fp32",
-                    optional=True,
-                    tooltip="fp32 to train on with it; fp16 is half as large. mixed: as OpenAI's own files are, fp16 "
-                    "with norms and embeddings in fp32.",
+                    "fp32",
+                    "fp32 if you want to train it further; fp16 is half the size. mixed is what OpenAI's own "
+                    "files are: fp16, with norms and embeddings in fp32.",
+                    choices=["fp16", "bf16", "fp32", MIXED],
                 ),
             ],
-            outputs=[io.String.Output(display_name="path")],
-            hidden=[io.Hidden.unique_id],
+            outputs=dict(path=io.String),
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, full_clip, filename_prefix="full_clip/my_clip", format="openai", dtype="fp32"):
-        display = host.Display(cls.hidden.unique_id)
-        file = host.new_output_file(filename_prefix)
-        saved = file.with_suffix("") if EXPORTS[format].folder else file
-        notes: list[str] = []
-        export(full_clip, saved, format=format, dtype=dtype, on_note=notes.append)
-        path = host.relative_to_output(saved)
-        for sentence in (f"Saved output/{path}", *notes):
-            display.say(sentence)
-        return io.NodeOutput(path)
+    def execute(
+        cls,
+        full_clip: FullCLIP,
+        filename_prefix: str = "full_clip/my_clip",
+        format: str = "openai",
+        dtype: str = "fp32",
+    ) -> io.NodeOutput:
+        display, file = Display(cls), folders.new_output_file(filename_prefix)
+        path = file.with_suffix("") if EXPORTS[format].folder else file
+        export(full_clip, path, format=format, dtype=dtype, on_note=display.note)
+        shown = folders.relative_to_output(path)
+        display.note(f"Saved output/{shown}")
+        return io.NodeOutput(shown)
 
 
 class MergeTEWithVision(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="MergeTEWithVision",
-            display_name="Merge Text Encoder With Vision",
-            category=CATEGORY,
-            description="Makes a full CLIP of the CLIP-L in a checkpoint, so that it can be trained: the text tower "
-            "comes from the clip (with its LoRAs), everything else from the full CLIP.",
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            "MergeTEWithVision",
+            "Merge Text Encoder With Vision",
+            "model",
+            "Makes the CLIP-L of a checkpoint trainable: takes the text tower from clip (with its LoRAs) "
+            "and everything else from full_clip.",
+            aliases="train checkpoint, fine-tune text encoder, clip to full clip, lora",
             inputs=[
                 io.Clip.Input("clip", tooltip="From any checkpoint or CLIP loader that holds a CLIP-L."),
                 FullClip.Input("full_clip", tooltip="Gives the vision tower, both projections and the temperature."),
                 io.ClipVision.Input(
-                    "clip_vision", optional=True, tooltip="A ViT-L/14's, to take the vision tower from instead."
+                    "clip_vision", optional=True, tooltip="Takes the vision tower from here instead: a ViT-L/14's."
                 ),
             ],
-            outputs=[FullClip.Output(display_name="full_clip")],
-            hidden=[io.Hidden.unique_id],
+            outputs=dict(full_clip=FullClip),
         )
 
     @classmethod
-    def execute(cls, clip, full_clip, clip_vision=None):
+    def execute(cls, clip: Any, full_clip: FullCLIP, clip_vision: Any = None) -> io.NodeOutput:
         require_text_tower(full_clip, CLIP_L)
-        tensors = host.text_encoder_tensors(clip, host.CLIP_L)
+        tensors = clips.text_encoder_tensors(clip, clips.CLIP_L)
         merged = merge_text_encoder(tensors, full_clip, source="the connected CLIP")
         if clip_vision is not None:
-            activation = host.vision_activation(clip_vision)
+            activation = clips.vision_activation(clip_vision)
             if activation not in (None, full_clip.architecture.activation):
                 raise UserError(
-                    f"The connected clip_vision computes {activation}, the full CLIP "
+                    f"The connected clip_vision uses {activation} and the full CLIP "
                     f"{full_clip.architecture.activation}; connect the vision tower of a ViT-L/14 of the same kind."
                 )
-            tensors = host.vision_encoder_tensors(clip_vision)
+            tensors = clips.vision_encoder_tensors(clip_vision)
             merged = merge_vision_encoder(tensors, merged, source="the connected clip_vision")
-        return _with_notes(cls, merged)
+        Display(cls).notes(merged.notes)
+        return io.NodeOutput(merged)
 
 
 class TransplantTower(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="TransplantTower",
-            display_name="Transplant Tower",
-            category=CATEGORY,
-            description="Makes one model of two: the text tower of the one, the vision tower of the other.",
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            "TransplantTower",
+            "Transplant Tower",
+            "model",
+            "Combines two models: the text tower of one and the vision tower of the other.",
+            aliases="swap text encoder, combine clip, vision tower, merge",
             inputs=[
                 FullClip.Input("text_from", tooltip="Gives the text tower, its projection and the temperature."),
                 FullClip.Input("vision_from", tooltip="Gives the vision tower and its projection."),
             ],
-            outputs=[FullClip.Output(display_name="full_clip")],
-            hidden=[io.Hidden.unique_id],
+            outputs=dict(full_clip=FullClip),
         )
 
     @classmethod
-    def execute(cls, text_from, vision_from):
-        return _with_notes(cls, transplant_tower(text_from, vision_from))
-
-
-def _with_notes(cls, full_clip):
-    display = host.Display(cls.hidden.unique_id)
-    for note in full_clip.notes:
-        display.say(note)
-    return io.NodeOutput(full_clip)
+    def execute(cls, text_from: FullCLIP, vision_from: FullCLIP) -> io.NodeOutput:
+        combined = transplant_tower(text_from, vision_from)
+        Display(cls).notes(combined.notes)
+        return io.NodeOutput(combined)
 
 
 NODES = [LoadFullCLIP, FoldGmP, SaveFullCLIP, MergeTEWithVision, TransplantTower]

@@ -7,164 +7,163 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
+from ..engine.clip.full_clip import FullCLIP
+from ..engine.data.dataset import ClipDataset
 from ..engine.report.charts import loss_chart
 from ..engine.report.tables import time_words
-from ..engine.settings import SettingInfo
 from ..engine.train.config import DEFAULT_PRESET, GMP_PRESETS, PRESETS, Preset, TrainConfig, all_settings
 from ..engine.train.run.folder import ON_EXISTING
 from ..engine.train.run.results import Progress
-from ..engine.train.trainer import train
-from . import host
-from .sockets import CATEGORY, Dataset, FullClip
+from ..engine.train.trainer import train as run_training
+from .host import folders
+from .host.device import check_cancelled, exclusive_device, torch_device
+from .host.display import Display, to_tensor
+from .schema import node_schema, setting_input, widget
+from .sockets import Dataset, FullClip, TrainOptions, TrainOptionsSocket
 
-_IF_EXISTS = (
-    "Another run of this name: auto goes on with the same run and gives a changed one a new folder; resume, "
-    "restart (deletes the old run) and fail are explicit."
-)
-
-
-def _setting(info: SettingInfo):
-    """A widget for one setting. Optional: what an API prompt leaves out comes from the preset."""
-    common = dict(default=info.default, optional=True, tooltip=info.help, advanced=bool(info.section) or None)
-    if info.choices:
-        return io.Combo.Input(info.name, options=list(info.choices), **common)
-    if info.kind is str:
-        return io.String.Input(info.name, **common)
-    if info.kind is bool:
-        return io.Boolean.Input(info.name, **common)
-    bounds = {key: value for key in ("min", "max", "step") if (value := getattr(info, key)) is not None}
-    if info.kind is int:
-        fixed = {"control_after_generate": False} if info.name == "seed" else {}
-        return io.Int.Input(info.name, **bounds, **fixed, **common)
-    return io.Float.Input(info.name, **bounds, **common)
+_WIDGETS = ("epochs", "learning_rate", "batch_size", "towers", "loss", "seed")
 
 
-def _settings(*, advanced: bool):
-    """Widgets for all settings but `gmp`, which is a node of its own."""
-    return [_setting(info) for info in all_settings().values() if info.name != "gmp" and bool(info.section) == advanced]
-
-
-def _schema(node_id: str, display_name: str, description: str, presets: Mapping[str, Preset]):
-    carried = {name: dict(preset.values) for name, preset in presets.items()}
-    words = "\n".join(f"{name}: {preset.description}" for name, preset in presets.items())
-    return io.Schema(
-        node_id=node_id,
-        display_name=display_name,
-        category=CATEGORY,
-        description=description,
-        search_aliases=["fine-tune", "finetune", "training", "contrastive"],
+def _schema(node_id: str, display_name: str, description: str, presets: Mapping[str, Preset]) -> io.Schema:
+    preset_help = "\n".join(f"{name}: {preset.description}" for name, preset in presets.items())
+    return node_schema(
+        node_id,
+        display_name,
+        "train",
+        f"{description} A cancelled training continues when you queue it again.",
+        aliases="fine tune clip, training, text encoder, contrastive",
         inputs=[
             FullClip.Input("full_clip"),
-            Dataset.Input("train"),
-            Dataset.Input("validation", optional=True, tooltip="Without it the last weights count as the best."),
-            io.String.Input(
-                "run_name", default="my_clip", optional=True, tooltip="The run's folder in output/clip_finetune."
+            Dataset.Input("train", tooltip="Images and captions to train on."),
+            Dataset.Input(
+                "validation",
+                optional=True,
+                tooltip="Images that are not trained on. They decide which epoch gave the best model; without them the "
+                "last one counts.",
             ),
+            TrainOptionsSocket.Input(
+                "options", optional=True, tooltip="More settings, from the nodes called Train CLIP: …"
+            ),
+            widget("run_name", "my_clip", "Name of the training's folder in output/clip_finetune."),
             io.Combo.Input(
                 "preset",
                 options=list(presets),
                 default=DEFAULT_PRESET,
                 optional=True,
-                extra_dict={"clip_finetune_presets": carried},
-                tooltip=f"Choosing one writes its values into the widgets below.\n{words}",
+                extra_dict={"clip_finetune_presets": {name: dict(preset.values) for name, preset in presets.items()}},
+                tooltip=f"Fills in the widgets below.\n{preset_help}",
             ),
-            *_settings(advanced=False),
-            io.Combo.Input(
+            *(setting_input(all_settings()[name]) for name in _WIDGETS),
+            widget(
                 "if_run_exists",
-                options=list(ON_EXISTING),
-                default="auto",
-                optional=True,
+                "auto",
+                "If there is a run of this name. auto: continue it if the settings are the same, else use a "
+                "new folder (my_clip_2). resume: continue it. restart: delete it. fail: stop.",
+                choices=ON_EXISTING,
                 advanced=True,
-                tooltip=_IF_EXISTS,
             ),
-            *_settings(advanced=True),
         ],
-        outputs=[
-            FullClip.Output(display_name="full_clip"),
-            io.Image.Output(display_name="chart"),
-            io.String.Output(display_name="run_folder"),
-        ],
-        hidden=[io.Hidden.unique_id],
+        outputs=dict(full_clip=FullClip, chart=io.Image, run_folder=io.String),
         is_output_node=True,
     )
 
 
-def _train(cls, presets, gmp, full_clip, train_set, validation, run_name, preset, if_run_exists, given: dict[str, Any]):
-    values = dict(presets[preset].values) | given
-    origins = dict.fromkeys(presets[preset].values, f"preset {preset}") | dict.fromkeys(given, "widget")
-    config = TrainConfig.from_flat(**values, gmp=gmp)
-    display = host.Display(cls.hidden.unique_id)
+def _config(
+    preset_name: str, preset: Preset, options: TrainOptions, widgets: Mapping[str, Any], *, gmp: bool
+) -> tuple[TrainConfig, dict[str, str]]:
+    """Return the config and where each value came from. Widgets and options win over the preset, which only supplies
+    what an API prompt leaves out."""
+    layers = {f"preset {preset_name}": preset.values, "option node": options.flat(), "widget": widgets}
+    values = {name: value for layer in layers.values() for name, value in layer.items()}
+    origins = {name: origin for origin, layer in layers.items() for name in layer}
+    return TrainConfig.from_flat(**values, gmp=gmp), origins
 
-    def show(progress: Progress) -> None:
-        display.picture(
-            progress.step,
-            progress.total_steps,
-            lambda: loss_chart(
-                progress.steps, progress.validations, title=f"step {progress.step} of {progress.total_steps}"
-            ),
-        )
-        if progress.steps:
-            last = progress.steps[-1]
-            display.status(
-                f"step {progress.step}/{progress.total_steps}, loss {last['loss']:.3f}, "
-                f"{last['pairs_per_second']:.1f} pairs/s, {time_words(progress.seconds_left)} left"
-            )
 
-    with host.whole_device():
-        result = train(
-            full_clip,
-            train_set,
-            validation,
+def _train(
+    cls: type[io.ComfyNode],
+    config: TrainConfig,
+    origins: Mapping[str, str],
+    datasets: tuple[FullCLIP, ClipDataset, ClipDataset | None],
+    run_name: str,
+    if_run_exists: str,
+) -> io.NodeOutput:
+    display = Display(cls)
+    with exclusive_device():
+        result = run_training(
+            *datasets,
             config,
-            run_folder=host.run_folder(run_name),
-            device=host.device(),
+            run_folder=folders.run_folder(run_name),
+            device=torch_device(),
             on_existing=if_run_exists,
             origins=origins,
-            cache_folder=host.image_cache_folder(),
-            on_note=display.say,
-            on_progress=show,
-            check_cancelled=host.check_cancelled,
+            cache_folder=folders.image_cache_folder(),
+            on_note=display.note,
+            on_progress=lambda progress: _show(display, progress),
+            check_cancelled=check_cancelled,
         )
-    folder = host.relative_to_output(result.run_folder)
-    report = f" All about it: {folder}/{result.report_file.name} in the output folder." if result.report_file else ""
-    display.say(f"Done: the model of step {result.best_step} of {result.total_steps}.{report}")
-    chart = host.image_tensor(loss_chart(result.steps, result.validations, title=result.run_folder.name))
+    folder = folders.relative_to_output(result.run_folder)
+    report = f" Details: {folder}/{result.report_file.name} in the output folder." if result.report_file else ""
+    display.note(f"Done: the model of step {result.best_step} of {result.total_steps}.{report}")
+    chart = to_tensor(loss_chart(result.steps, result.validations, title=result.run_folder.name))
     return io.NodeOutput(result.full_clip, chart, folder, ui=ui.PreviewImage(chart, cls=cls))
 
 
-class TrainCLIP(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return _schema(
-            "TrainCLIP",
-            "Train CLIP",
-            "Fine-tunes a CLIP on captioned pictures. A cancelled training goes on when it is queued again.",
-            PRESETS,
+def _show(display: Display, progress: Progress) -> None:
+    """Show the loss chart and a line of numbers while training."""
+    title = f"step {progress.step} of {progress.total_steps}"
+    display.preview(
+        progress.step, progress.total_steps, lambda: loss_chart(progress.steps, progress.validations, title=title)
+    )
+    if progress.steps:
+        last = progress.steps[-1]
+        display.status(
+            f"step {progress.step}/{progress.total_steps}, loss {last['loss']:.3f}, "
+            f"{last['pairs_per_second']:.1f} pairs/s, {time_words(progress.seconds_left)} left"
         )
+
+
+class _TrainingNode(io.ComfyNode):
+    """What both training nodes do; each has its own presets."""
+
+    PRESETS: Mapping[str, Preset]
+    GMP: bool
 
     @classmethod
     def execute(
-        cls, full_clip, train, validation=None, run_name="my_clip", preset=DEFAULT_PRESET, if_run_exists="auto", **given
-    ):
-        return _train(cls, PRESETS, False, full_clip, train, validation, run_name, preset, if_run_exists, given)
+        cls,
+        full_clip: FullCLIP,
+        train: ClipDataset,
+        validation: ClipDataset | None = None,
+        options: TrainOptions | None = None,
+        run_name: str = "my_clip",
+        preset: str = DEFAULT_PRESET,
+        if_run_exists: str = "auto",
+        **widgets: Any,
+    ) -> io.NodeOutput:
+        config, origins = _config(preset, cls.PRESETS[preset], options or TrainOptions(), widgets, gmp=cls.GMP)
+        return _train(cls, config, origins, (full_clip, train, validation), run_name, if_run_exists)
 
 
-class TrainCLIPGmP(io.ComfyNode):
+class TrainCLIP(_TrainingNode):
+    PRESETS, GMP = PRESETS, False
+
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
+        return _schema("TrainCLIP", "Train CLIP", "Fine-tunes a CLIP model on captioned images.", cls.PRESETS)
+
+
+class TrainCLIPGmP(_TrainingNode):
+    PRESETS, GMP = GMP_PRESETS, True
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
         return _schema(
             "TrainCLIPGmP",
             "Train CLIP (GmP)",
-            "Fine-tunes a CLIP with Geometric Parameterization: length and direction of each MLP row are trained "
-            "apart. Fold the result with Fold GmP. A cancelled training goes on when it is queued again.",
-            GMP_PRESETS,
+            "Fine-tunes a CLIP model with Geometric Parameterization (GmP): the length and the direction of each MLP "
+            "weight row are trained separately. Put Fold GmP behind it.",
+            cls.PRESETS,
         )
-
-    @classmethod
-    def execute(
-        cls, full_clip, train, validation=None, run_name="my_clip", preset=DEFAULT_PRESET, if_run_exists="auto", **given
-    ):
-        return _train(cls, GMP_PRESETS, True, full_clip, train, validation, run_name, preset, if_run_exists, given)
 
 
 NODES = [TrainCLIP, TrainCLIPGmP]

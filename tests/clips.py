@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import threading
+from pathlib import Path
 
+import pytest
 import torch
 
 from clip_finetune.engine.clip.architecture import Architecture
@@ -75,3 +79,40 @@ def random_clip(architecture: Architecture = TINY, *, seed: int = 0, dtype=torch
         for name, tensor in model.state_dict.items()
     }
     return FullCLIP(model.architecture, state)
+
+
+def disturbed(model, share, seed=1):
+    """Every matrix changed by noise of this share of its own deviation."""
+    generator = torch.Generator().manual_seed(seed)
+    changed = {
+        name: (tensor + share * tensor.float().std() * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
+        for name, tensor in model.state_dict.items()
+        if tensor.ndim > 1
+    }
+    return model.derive(changed, step="disturbed")
+
+
+@contextlib.contextmanager
+def gigabytes_above():
+    """A list that gets by how much the process grew at its peak."""
+    status, found, done = Path("/proc/self/status"), [], threading.Event()
+    if not status.exists():
+        pytest.skip("memory is read from /proc")
+
+    def resident():
+        return int(status.read_text().split("VmRSS:")[1].split()[0]) / 2**20
+
+    before, peak = resident(), []
+
+    def watch():
+        while not done.wait(0.01):
+            peak.append(resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+        found.append(max(peak, default=before) - before)

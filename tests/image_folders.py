@@ -51,6 +51,14 @@ def class_folder(folder: Path, per_class: int = 3, *, size: int = 32) -> Path:
     return folder
 
 
+def labelled_and_captioned(folder: Path, per_class: int = 3) -> Path:
+    """A `class_folder` whose images are also captioned by their colour in labels.json."""
+    class_folder(folder, per_class=per_class)
+    rows = [f"{name}/{n}.png,{name}" for name in COLOURS for n in range(per_class)]
+    (folder / "labels.json").write_text(json.dumps({row.split(",")[0]: [row.split(",")[1]] for row in rows}))
+    return folder
+
+
 def noise(seed, size=(64, 48)):
     """A picture with something on it, another for each seed."""
     small = numpy.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=numpy.uint8)

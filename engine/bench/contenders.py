@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..clip.full_clip import FullCLIP
 from ..clip.gmp import to_gmp
+from ..clip.network.build import open_clip_configs
 from ..data.images.decoding import normalize
 from ..data.loader import Batch
 from ..train.config import TrainConfig
@@ -108,14 +109,7 @@ class PeerStep:
         self.network, self.loss, self.device, self.dtype = network.to(device).train(), loss, device, DTYPES[dtype]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its settings
             self.optimizer: torch.optim.Optimizer = AdaBelief(
-                self.network.parameters(),
-                lr=1e-6,
-                eps=1e-16,
-                betas=(0.9, 0.999),
-                weight_decay=0.01,
-                weight_decouple=True,
-                rectify=True,
-                print_change_log=False,
+                self.network.parameters(), lr=1e-6, weight_decay=0.01, print_change_log=False
             )
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -143,23 +137,7 @@ def open_clip_network(model: FullCLIP) -> nn.Module:
     import open_clip
 
     a = model.architecture
-    assert a.vision_mlp_width is not None, "a vision transformer"
-    vision = open_clip.CLIPVisionCfg(
-        layers=a.vision_layers,
-        width=a.vision_width,
-        head_width=a.vision_width // a.vision_heads,
-        mlp_ratio=a.vision_mlp_width / a.vision_width,
-        patch_size=a.patch_size,
-        image_size=a.image_size,
-    )
-    text = open_clip.CLIPTextCfg(
-        context_length=a.context_length,
-        vocab_size=a.vocab_size,
-        width=a.text_width,
-        heads=a.text_heads,
-        layers=a.text_layers,
-        mlp_ratio=a.text_mlp_width / a.text_width,
-    )
+    vision, text = open_clip_configs(a)
     network = open_clip.CLIP(a.embed_dim, vision, text, quick_gelu=a.activation == "quick_gelu")
     network.load_state_dict(dict(model.state_dict))
     return network

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from ..clip.architecture import Architecture
 from ..clip.full_clip import FullCLIP
 from ..clip.network import random_full_clip
 from ..data.loader import Batch
@@ -31,25 +30,10 @@ from ..report.tables import table
 from ..train.device import DTYPES, resolve_device, resolve_precision
 from ..train.optim.factory import undo_steps
 from .contenders import Contender, our_contenders, peers
-from .workload import Workload, flop_per_pair, our_loss, random_batch
+from .workload import Workload, flop_per_pair, openai_architecture, our_loss, random_batch
 
 # A step of this model makes a new process load its libraries before its memory is measured.
-_WARM_UP = Architecture(
-    embed_dim=8,
-    image_size=16,
-    patch_size=8,
-    vision_width=64,
-    vision_layers=1,
-    vision_heads=1,
-    vision_mlp_width=256,
-    context_length=32,
-    vocab_size=64,
-    text_width=64,
-    text_layers=1,
-    text_heads=1,
-    text_mlp_width=256,
-    activation="quick_gelu",
-)
+_WARM_UP = openai_architecture(patch_size=8, vision=(64, 1), text=(64, 1), image_size=16, vocab_size=64)
 # AdaBelief computes less in its first five steps (see `rectification`), which are not typical of a training.
 _PAST_RECTIFICATION = 10
 _PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrix product that defines peak speed

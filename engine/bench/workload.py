@@ -18,39 +18,32 @@ from ..data.loader import Batch
 from ..errors import UserError
 from ..train.losses import LOSSES
 
+
+def openai_architecture(
+    *, patch_size: int, vision: tuple[int, int], text: tuple[int, int], image_size: int = 224, vocab_size: int = 49408
+) -> Architecture:
+    """Return the architecture of one of OpenAI's vision transformers; `vision` and `text` are (width, layers)."""
+    return Architecture(
+        embed_dim=text[0],
+        image_size=image_size,
+        patch_size=patch_size,
+        vision_width=vision[0],
+        vision_layers=vision[1],
+        vision_heads=vision[0] // 64,
+        vision_mlp_width=4 * vision[0],
+        context_length=77,
+        vocab_size=vocab_size,
+        text_width=text[0],
+        text_layers=text[1],
+        text_heads=text[0] // 64,
+        text_mlp_width=4 * text[0],
+        activation="quick_gelu",
+    )
+
+
 ARCHITECTURES = {
-    "ViT-B-32": Architecture(
-        embed_dim=512,
-        image_size=224,
-        patch_size=32,
-        vision_width=768,
-        vision_layers=12,
-        vision_heads=12,
-        vision_mlp_width=3072,
-        context_length=77,
-        vocab_size=49408,
-        text_width=512,
-        text_layers=12,
-        text_heads=8,
-        text_mlp_width=2048,
-        activation="quick_gelu",
-    ),
-    "ViT-L-14": Architecture(
-        embed_dim=768,
-        image_size=224,
-        patch_size=14,
-        vision_width=1024,
-        vision_layers=24,
-        vision_heads=16,
-        vision_mlp_width=4096,
-        context_length=77,
-        vocab_size=49408,
-        text_width=768,
-        text_layers=12,
-        text_heads=12,
-        text_mlp_width=3072,
-        activation="quick_gelu",
-    ),
+    "ViT-B-32": openai_architecture(patch_size=32, vision=(768, 12), text=(512, 12)),
+    "ViT-L-14": openai_architecture(patch_size=14, vision=(1024, 24), text=(768, 12)),
 }
 
 
@@ -97,11 +90,10 @@ def flop_per_pair(a: Architecture, towers: Sequence[str] = ("vision", "text")) -
 
     The backward pass counts twice as much as the forward pass. What an implementation leaves out counts too.
     """
-    assert isinstance(a.vision_layers, int) and a.vision_mlp_width and a.patch_size, "a vision transformer"
-    patches = a.grid**2
+    patches, (patch_size, layers, mlp_width) = a.grid**2, a.vit
     forward = {
-        "vision": _tower_flop(patches + 1, a.vision_width, a.vision_layers, a.vision_mlp_width, a.embed_dim)
-        + 2 * patches * 3 * a.patch_size**2 * a.vision_width,
+        "vision": _tower_flop(patches + 1, a.vision_width, layers, mlp_width, a.embed_dim)
+        + 2 * patches * 3 * patch_size**2 * a.vision_width,
         "text": _tower_flop(a.context_length, a.text_width, a.text_layers, a.text_mlp_width, a.embed_dim),
     }
     return 3 * sum(forward[tower] for tower in towers)

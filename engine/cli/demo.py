@@ -21,11 +21,10 @@ from ..data.load import load_dataset
 from ..data.tools.demo_images import IMAGE_SIZE, draw_demo_classes, draw_demo_dataset
 from ..errors import UserError
 from ..evaluate.retrieval import eval_retrieval
-from ..evaluate.suite import percent
 from ..evaluate.zero_shot import eval_zero_shot
 from ..files import replacing, write_json
 from ..report.charts import bar_chart
-from ..report.tables import table
+from ..report.tables import percent, table
 from ..train.config import TrainConfig
 from ..train.run.results import Progress
 from ..train.trainer import train
@@ -82,8 +81,8 @@ def measure(model: FullCLIP, pictures: Pictures) -> dict[str, float]:
     before = eval_zero_shot(model, pictures.held_out_plain, templates="simple", device=DEVICE)
     return {
         "zero-shot, new style": zero_shot.top1,
-        "image to text R@5": retrieval.image_to_text["r5"],
-        "text to image R@5": retrieval.text_to_image["r5"],
+        "image to text R@5": retrieval.image_to_text.r5,
+        "text to image R@5": retrieval.text_to_image.r5,
         "zero-shot, old style": before.top1,
     }
 

@@ -1,4 +1,4 @@
-"""The temperature at which a model's scores are honest: of the answers given with 70 %, seven in ten are right.
+"""Calibration: the temperature at which a model's confidence equals its accuracy (answers at 70 % are right in 70 %).
 
 Temperature scaling of Guo et al. 2017, arXiv:1706.04599.
 """
@@ -7,31 +7,35 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..clip.full_clip import FullCLIP
 from ..data.dataset import ClipDataset
-from ..data.images.image_cache import ImageCache
 from ..errors import UserError
 from .class_names import scored_by_classes, with_classes, with_named_classes
-from .encoder import EncodedImages, Encoder, EncodingCache, encode_images, require_images
-from .zero_shot import class_features, sentences_of
+from .encoder import EncodedImages, Encoder, Runtime, encode_images, require_images
+from .zero_shot import class_features, labels_of, right_classes, sentences_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 BINS = 15
-LOWEST, HIGHEST = 0.01, 1000.0  # scales that are looked at; CLIP's own is 100 at most
-# More pictures change the result little; of captions each picture sees all, so fewer of them do.
-_MOST_LABELLED, _MOST_PAIRS = 10_000, 2000
+LOWEST, HIGHEST = 0.01, 1000.0  # the range of scales that is searched; CLIP's own is at most 100
+# More images change the result little. Each image is compared with all captions, so there are fewer of those.
+_MAX_LABELLED, _MAX_PAIRS = 10_000, 2000
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """The factor that scores are multiplied by, as stored and as this data set wants it (least cross-entropy), with the
-    expected calibration error (0 to 1) of each. `answers` is how many each picture had to choose from: the best factor
-    depends on it."""
+    """The factor that scores are multiplied by, as stored and as best for this dataset (least cross-entropy).
+
+    `ece_…` is the expected calibration error (0 to 1) with each. `answers` is the number of answers that each image
+    had to choose from; the best factor depends on it.
+    """
 
     images: int
     answers: int
@@ -45,83 +49,65 @@ class Calibration:
         return {name: value for name, value in vars(self).items() if name != "notes"}
 
 
-def calibrate_logit_scale(
-    full_clip: FullCLIP,
-    dataset: ClipDataset,
-    *,
-    device: torch.device | str | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-    check_cancelled: Callable[[], None] = lambda: None,
-    cache: ImageCache | None = None,
-    features: EncodingCache | None = None,
-) -> Calibration:
-    """The best `exp(logit_scale)` for a data set: over its classes if all of it has some, else over its captions, the
-    first one of each picture. Raises `UserError` if there are not two answers at least."""
+def calibrate_logit_scale(full_clip: FullCLIP, dataset: ClipDataset, **runtime: Unpack[Runtime]) -> Calibration:
+    """Find the best `exp(logit_scale)` for a dataset, over its classes if all samples have one, else its captions.
+
+    Of captions the first of each image counts. Raises `UserError` if there are fewer than two answers.
+    """
     require_images(dataset)
-    encoder = Encoder.of(
-        full_clip,
-        device=device,
-        on_progress=on_progress,
-        check_cancelled=check_cancelled,
-        cache=cache,
-        features=features,
-    )
+    encoder = Encoder.of(full_clip, **runtime)
     return calibration_of(encoder, dataset, encode_images(encoder, dataset))
 
 
-def calibration_of(encoder: Encoder, dataset: ClipDataset, pictures: EncodedImages) -> Calibration:
-    """The same with a network that is already there and its pictures."""
+def calibration_of(encoder: Encoder, dataset: ClipDataset, images: EncodedImages) -> Calibration:
+    """As `calibrate_logit_scale`, with a network that is already built and its encoded images."""
     labelled = scored_by_classes(dataset)
-    dataset, told = with_classes(dataset) if labelled else with_named_classes(dataset)
-    rows, right, texts = _classes(dataset, pictures) if labelled else _captions(dataset, pictures)
+    dataset, notes = with_classes(dataset) if labelled else with_named_classes(dataset)
+    rows, right, texts = _classes(dataset, images) if labelled else _captions(dataset, images)
     if len(rows) < 2 or len(texts) < 2:
-        raise UserError(f"{dataset.name} has too few pictures with different texts to calibrate on; take more.")
-    answers = class_features(encoder, texts, sentences_of("simple")) if labelled else encoder.texts(texts)
-    cosines = pictures.features[rows].double() @ answers.double().T
-    stored = encoder.network.logit_scale.detach().double().exp().item()
-    best = best_scale(cosines, right)
-    notes = [*told]
+        raise UserError(f"{dataset.name} has too few images with different texts to calibrate on; add more.")
+    answers = class_features(encoder, texts, sentences_of("simple")) if labelled else encoder.encode_texts(texts)
+    cosines = images.features[rows].double() @ answers.double().T
+    stored, best = encoder.logit_scale, best_scale(cosines, right)
     if best in (LOWEST, HIGHEST):
-        notes.append("The best temperature lies beyond all bounds: there are too few pictures to tell it.")
+        notes = (*notes, "The best temperature is out of range: there are too few images to determine it.")
     return Calibration(
-        len(rows),
-        len(answers),
-        stored,
-        best,
-        calibration_error(cosines * stored, right),
-        calibration_error(cosines * best, right),
-        tuple(notes),
+        images=len(rows),
+        answers=len(answers),
+        stored=stored,
+        best=best,
+        ece_stored=calibration_error(cosines * stored, right),
+        ece_best=calibration_error(cosines * best, right),
+        notes=notes,
     )
 
 
-def _classes(dataset: ClipDataset, pictures: EncodedImages) -> tuple[list[int], Tensor, Sequence[str]]:
-    """Rows of pictures that have a class, right answers bool [rows, classes], and the classes."""
-    labels = [sorted({dataset.labels[index] for index in samples} - {None}) for samples in pictures.samples]
-    rows = _spread([row for row, found in enumerate(labels) if found], _MOST_LABELLED)
-    right = torch.zeros(len(rows), len(dataset.class_names), dtype=torch.bool)
-    for number, row in enumerate(rows):
-        right[number, labels[row]] = True
-    return rows, right, dataset.class_names
+def _classes(dataset: ClipDataset, images: EncodedImages) -> tuple[list[int], Tensor, Sequence[str]]:
+    """Return the rows of images that have a class, their right answers bool [rows, classes], and the classes."""
+    labelled = [row for row, samples in enumerate(images.samples) if labels_of(dataset, samples)]
+    rows = _spread(labelled, _MAX_LABELLED)
+    return rows, right_classes(dataset, [images.samples[row] for row in rows]), dataset.class_names
 
 
-def _captions(dataset: ClipDataset, pictures: EncodedImages) -> tuple[list[int], Tensor, list[str]]:
-    """Rows, right answers, and the distinct first captions."""
-    rows = _spread(list(range(len(pictures.samples))), _MOST_PAIRS)
-    firsts = [dataset.training_captions(pictures.samples[row][0])[0] for row in rows]
+def _captions(dataset: ClipDataset, images: EncodedImages) -> tuple[list[int], Tensor, Sequence[str]]:
+    """Return rows, their right answers, and the distinct first captions."""
+    rows = _spread(range(len(images.samples)), _MAX_PAIRS)
+    firsts = [dataset.training_captions(images.samples[row][0])[0] for row in rows]
     captions = list(dict.fromkeys(firsts))
     return rows, torch.tensor([[first == caption for caption in captions] for first in firsts]), captions
 
 
-def _spread(rows: Sequence[int], most: int) -> list[int]:
-    """At most so many, evenly spread."""
-    step = max(1.0, len(rows) / most)
-    return [rows[int(place * step)] for place in range(min(len(rows), most))]
+def _spread(rows: Sequence[int], limit: int) -> list[int]:
+    """Return at most `limit` rows, evenly spread."""
+    step = max(1.0, len(rows) / limit)
+    return [rows[int(number * step)] for number in range(min(len(rows), limit))]
 
 
 def best_scale(cosines_nc: Tensor, right_nc: Tensor) -> float:
-    """The scale with the least mean cross-entropy, the target spread evenly over right answers.
+    """Return the scale with the least mean cross-entropy, the target spread evenly over right answers.
 
-    It is convex in the scale, so its slope, E[cosine] under the softmax less that of the right answers, is bisected.
+    The loss is convex in the scale, so its slope (the expected cosine under the softmax, less the mean cosine of the
+    right answers) is bisected.
     """
     cosines = cosines_nc.double()
     target = ((cosines * right_nc).sum(1) / right_nc.sum(1)).mean()
@@ -141,8 +127,11 @@ def best_scale(cosines_nc: Tensor, right_nc: Tensor) -> float:
 
 
 def calibration_error(logits_nc: Tensor, right_nc: Tensor) -> float:
-    """The expected calibration error: over 15 equal bins of confidence, the mean gap between confidence and accuracy,
-    weighted by the bins' pictures. Of equal scores a wrong one is the answer."""
+    """Return the expected calibration error.
+
+    That is the mean gap between confidence and accuracy over 15 equal bins of confidence, weighted by the number of
+    images in each. Among equal scores a wrong answer counts as the model's.
+    """
     shares = logits_nc.double().softmax(1)
     confidence = shares.amax(1)
     won = ~((shares == confidence[:, None]) & ~right_nc).any(1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..clip import names
 from ..clip.architecture import Architecture
@@ -18,10 +19,9 @@ from ..clip.full_clip import FullCLIP
 from ..clip.gmp import gmp_to_weight
 from ..errors import UserError
 from ..openai import END
-from .encoder import BATCH, BrokenModel, Encoder
+from .encoder import BATCH, BrokenModel, Encoder, ignore_progress, never_cancelled
 
-# A user's list of prompts is cut to this many: their states of the baseline are kept in memory.
-MOST_PROMPTS = 256
+MAX_PROMPTS = 256  # the baseline's states for all of them are held in memory
 PROMPTS = (
     "",
     "a photo of a cat",
@@ -47,7 +47,7 @@ PROMPTS = (
     "a crowded street market in Bangkok with food stalls, umbrellas and motorbikes, late afternoon sun, a woman in a "
     "yellow raincoat buying mangoes, steam rising from pots, signs in many languages, wires overhead, wide-angle lens",
 )
-# What image models read of each text tower, and which ones: ComfyUI's loaders, as they stand in 2026.
+# What each image model reads of each text tower, as ComfyUI's loaders stand in 2026.
 READERS = {
     CLIP_L: {"penultimate": "SDXL, SD3", "last": "SD1.5", "pooled": "Flux, SD3, HunyuanVideo"},
     CLIP_G: {"penultimate": "SDXL, SD3", "projected": "SDXL, SD3"},
@@ -59,7 +59,7 @@ STATES = {
     "projected": "at the end token, projected",
 }
 POSITIONS = ("start", "words", "end", "padding")
-_CHUNK = 2**22  # numbers of a tensor that are in float64 at once
+_CHUNK = 2**22  # values of a tensor that are in float64 at once
 _BLOCK = re.compile(r"(?:visual\.)?transformer\.resblocks\.(\d+)\.")
 _STAGE = re.compile(r"visual\.layer(\d+)\.(\d+)\.")
 
@@ -70,8 +70,8 @@ def require_one_architecture(full_clip: FullCLIP, baseline: FullCLIP) -> None:
     different = [f"{name} {value} and {old[name]}" for name, value in new.items() if value != old[name]]
     if different:
         raise UserError(
-            f"The model and its baseline are CLIPs of different kinds ({', '.join(different)}), so they cannot be laid "
-            "over each other; choose as baseline the model that the training began from."
+            f"The model and its baseline are different kinds of CLIP ({', '.join(different)}), so they cannot be "
+            "compared weight by weight; choose as baseline the model that the training started from."
         )
 
 
@@ -80,7 +80,7 @@ def require_one_architecture(full_clip: FullCLIP, baseline: FullCLIP) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LayerDrift:
-    """‖W − W₀‖ / ‖W₀‖ (Frobenius) of all tensors of a layer together; `depth` is a block's place in its tower."""
+    """‖W − W₀‖ / ‖W₀‖ (Frobenius) of all tensors of a layer together; `depth` is a block's index in its tower."""
 
     tower: str
     layer: str
@@ -90,8 +90,10 @@ class LayerDrift:
 
 @dataclasses.dataclass(frozen=True)
 class WeightDrift:
-    """Of plain weights: a model in GmP form counts as it folds. `vision` and `text` are of the whole towers;
-    `logit_scale` is the factor itself, before and after."""
+    """Relative change of plain weights (a GmP model is folded first), by layer and for each tower.
+
+    `logit_scale` is the factor itself, before and after.
+    """
 
     layers: tuple[LayerDrift, ...]
     vision: float
@@ -108,52 +110,61 @@ class WeightDrift:
         }
 
 
+class _Layer(NamedTuple):
+    tower: str
+    name: str
+    depth: int | None
+
+
 def weight_drift(
     full_clip: FullCLIP,
     baseline: FullCLIP,
     *,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-    check_cancelled: Callable[[], None] = lambda: None,
+    on_progress: Callable[[int, int], None] = ignore_progress,
+    check_cancelled: Callable[[], None] = never_cancelled,
 ) -> WeightDrift:
-    """Layer by layer, in float64, a tensor at a time. Raises `UserError` for two architectures, `BrokenModel` for
-    weights that are not numbers."""
+    """Compare weights in float64, one tensor at a time.
+
+    Raises `UserError` for two architectures and `BrokenModel` for weights that are not finite.
+    """
     require_one_architecture(full_clip, baseline)
-    energies: dict[tuple[str, str, int | None], tuple[float, float]] = {}
-    before = dict(_plain_sources(baseline))
-    for done, (name, source) in enumerate(_plain_sources(full_clip)):
+    energies: dict[_Layer, tuple[float, float]] = {}
+    before = dict(_plain_weights(baseline))
+    for done, (name, weight) in enumerate(_plain_weights(full_clip)):
         check_cancelled()
         on_progress(done, len(before))
         if name == "logit_scale":
             continue
-        place = _place(name)
-        moved, size = _energies(source(), before[name](), name)
-        so_far = energies.get(place, (0.0, 0.0))
-        energies[place] = (so_far[0] + moved, so_far[1] + size)
+        layer = _layer_of(name)
+        moved, size = _energies(weight(), before[name](), name)
+        moved_so_far, size_so_far = energies.get(layer, (0.0, 0.0))
+        energies[layer] = (moved_so_far + moved, size_so_far + size)
     on_progress(len(before), len(before))
-    order = sorted(energies, key=lambda place: (place[0] == "text", place[2] is None, place[2] or 0))
-    towers = {}
-    for tower in ("vision", "text"):
-        found = [energies[place] for place in order if place[0] == tower]
-        towers[tower] = _relative(sum(moved for moved, _ in found), sum(size for _, size in found))
-    scales = tuple(model.state_dict["logit_scale"].double().exp().item() for model in (baseline, full_clip))
-    layers = tuple(LayerDrift(*place, _relative(*energies[place])) for place in order)
-    return WeightDrift(layers, towers["vision"], towers["text"], (scales[0], scales[1]))
+    order = sorted(energies, key=lambda layer: (layer.tower == "text", layer.depth is None, layer.depth or 0))
+
+    def tower_drift(tower: str) -> float:
+        moved, size = zip(*(energies[layer] for layer in order if layer.tower == tower), strict=True)
+        return _relative(sum(moved), sum(size))
+
+    old_scale, new_scale = (model.state_dict["logit_scale"].double().exp().item() for model in (baseline, full_clip))
+    layers = tuple(LayerDrift(*layer, _relative(*energies[layer])) for layer in order)
+    return WeightDrift(layers, tower_drift("vision"), tower_drift("text"), (old_scale, new_scale))
 
 
-def _plain_sources(full_clip: FullCLIP) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """(name, how to get the plain weight), so that no more than one layer is folded at a time."""
+def _plain_weights(full_clip: FullCLIP) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Yield each name with a function that returns its plain weight, so that only one layer is folded at a time."""
     state = full_clip.state_dict
-    for name, tensor in state.items():
+    for name in state:
         layer, _, kind = name.rpartition(".")
         if kind == "theta":
-            bias, r = state[f"{layer}.bias"], state[f"{layer}.r"]
-            yield f"{layer}.weight", lambda r=r, theta=tensor, to=bias.dtype: gmp_to_weight(r, theta, to)
+            r, theta, bias = (state[f"{layer}.{part}"] for part in ("r", "theta", "bias"))
+            yield f"{layer}.weight", functools.partial(gmp_to_weight, r, theta, bias.dtype)
         elif kind != "r":
-            yield name, lambda tensor=tensor: tensor
+            yield name, functools.partial(state.__getitem__, name)
 
 
 def _energies(new: Tensor, old: Tensor, name: str) -> tuple[float, float]:
-    """(‖new − old‖², ‖old‖²) in float64."""
+    """Return (‖new − old‖², ‖old‖²), summed in float64."""
     new, old, moved, size = new.reshape(-1), old.reshape(-1), 0.0, 0.0
     for start in range(0, len(new), _CHUNK):
         x, y = new[start : start + _CHUNK].double(), old[start : start + _CHUNK].double()
@@ -161,31 +172,30 @@ def _energies(new: Tensor, old: Tensor, name: str) -> tuple[float, float]:
         moved += (x - y).square_().sum().item()
     if not math.isfinite(moved + size):
         raise BrokenModel(
-            f"{name} holds values that are not numbers (NaN or infinite) in the model or its baseline; choose a model "
-            "from before its training broke."
+            f"{name} holds values that are not numbers (NaN or infinite) in the model or its baseline; use an earlier "
+            "checkpoint."
         )
     return moved, size
 
 
 def _relative(moved: float, size: float) -> float:
-    """Of a layer that was all zeros, 1 if it is not any more."""
+    """Return 1 for a layer that was all zeros and no longer is."""
     return math.sqrt(moved / size) if size else float(moved > 0)
 
 
-def _place(name: str) -> tuple[str, str, int | None]:
-    """(tower, layer in words, depth of a block) of a tensor."""
+def _layer_of(name: str) -> _Layer:
     tower = "vision" if names.is_vision_name(name) else "text"
     if block := _BLOCK.match(name):
-        return tower, f"block {int(block[1]) + 1}", int(block[1])
+        return _Layer(tower, f"block {int(block[1]) + 1}", int(block[1]))
     if stage := _STAGE.match(name):
-        return tower, f"stage {stage[1]}, block {int(stage[2]) + 1}", 1000 * int(stage[1]) + int(stage[2])
+        return _Layer(tower, f"stage {stage[1]}, block {int(stage[2]) + 1}", 1000 * int(stage[1]) + int(stage[2]))
     if "token_embedding" in name:
-        return tower, "token embeddings", None
+        return _Layer(tower, "token embeddings", None)
     if "positional_embedding" in name or "class_embedding" in name:
-        return tower, "positions", None
+        return _Layer(tower, "positions", None)
     if name in ("visual.proj", "text_projection"):
-        return tower, "projection", None
-    return tower, "norms outside the blocks" if "ln_" in name else "input layers", None
+        return _Layer(tower, "projection", None)
+    return _Layer(tower, "norms outside the blocks" if "ln_" in name else "input layers", None)
 
 
 # ---- hidden states ---------------------------------------------------------------------------------------------------
@@ -201,8 +211,11 @@ class PositionDrift(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ConditioningDrift:
-    """`states[state][position]` for the states that image models read (`STATES`), the pooled ones at the end token
-    alone; `readers[state]` names those models."""
+    """How far the hidden states that image models read have moved.
+
+    `states[state][position]` has the states in `STATES`; pooled ones have the position "end" alone. `readers[state]`
+    names the image models that read it.
+    """
 
     prompts: int
     states: Mapping[str, Mapping[str, PositionDrift]]
@@ -211,11 +224,11 @@ class ConditioningDrift:
 
     @property
     def worst(self) -> float:
-        """The largest relative L2 over what is read of words and end tokens."""
+        """The largest relative L2 at word and end tokens."""
         return max(
-            found.relative_l2
+            drift.relative_l2
             for positions in self.states.values()
-            for position, found in positions.items()
+            for position, drift in positions.items()
             if position in ("words", "end")
         )
 
@@ -224,7 +237,7 @@ class ConditioningDrift:
             "prompts": self.prompts,
             "states": {
                 state: {"read_by": self.readers[state]}
-                | {position: found._asdict() for position, found in positions.items()}
+                | {position: drift._asdict() for position, drift in positions.items()}
                 for state, positions in self.states.items()
             },
         }
@@ -236,34 +249,36 @@ def conditioning_drift(
     prompts: Sequence[str] = PROMPTS,
     *,
     device: torch.device | str | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-    check_cancelled: Callable[[], None] = lambda: None,
+    on_progress: Callable[[int, int], None] = ignore_progress,
+    check_cancelled: Callable[[], None] = never_cancelled,
 ) -> ConditioningDrift:
-    """How far the hidden states that SDXL, SD1.5, SD3 and Flux read have moved on these prompts, with the padding that
-    ComfyUI gives them. Raises `UserError` for two architectures or no prompt, and `BrokenModel`."""
+    """Measure how far the states that SDXL, SD1.5, SD3 and Flux read have moved on prompts with ComfyUI's padding.
+
+    Raises `UserError` for two architectures or no prompt, and `BrokenModel`.
+    """
     require_one_architecture(full_clip, baseline)
-    prompts, notes = chosen_prompts(prompts)
-    found = []
+    prompts, notes = limit_prompts(prompts)
+    states = []
     for number, model in enumerate((baseline, full_clip)):
         encoder = Encoder.of(model, device=device, check_cancelled=check_cancelled)
-        found.append(read_states(encoder, prompts, model.architecture))
+        states.append(read_states(encoder, prompts, model.architecture))
         on_progress(number + 1, 2)
-    return compare_states(found[1], found[0], full_clip.architecture, notes)
+    return compare_states(states[1], states[0], full_clip.architecture, notes)
 
 
-def chosen_prompts(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Those that are used, and a note if they are not all."""
+def limit_prompts(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the prompts that are used, and a note if they are not all. Raises `UserError` for none."""
     if not prompts:
-        raise UserError("There is no prompt to compare hidden states on; give one at least.")
-    if len(prompts) <= MOST_PROMPTS:
+        raise UserError("There is no prompt to compare hidden states on; give at least one.")
+    if len(prompts) <= MAX_PROMPTS:
         return list(prompts), []
-    return list(prompts[:MOST_PROMPTS]), [f"Of {len(prompts)} prompts the first {MOST_PROMPTS} are used."]
+    return list(prompts[:MAX_PROMPTS]), [f"Only the first {MAX_PROMPTS} of {len(prompts)} prompts are used."]
 
 
 def host_tokens(encoder: Encoder, prompts: Sequence[str], architecture: Architecture) -> Tensor:
-    """int64 [n, context]: as ComfyUI makes them, a CLIP-L's padded with the end token and a CLIP-G's with 0.
+    """Return token ids int64 [n, context] as ComfyUI makes them: CLIP-L padded with the end token, CLIP-G with 0.
 
-    Of a prompt that is too long the beginning, which ComfyUI would follow with further chunks.
+    A prompt that is too long is cut; ComfyUI would continue it in further windows.
     """
     tokens = encoder.tokenizer(prompts)
     if text_sizes(architecture) != CLIP_G:
@@ -272,7 +287,7 @@ def host_tokens(encoder: Encoder, prompts: Sequence[str], architecture: Architec
 
 
 class PromptStates(NamedTuple):
-    """float32 on the CPU: `states[name]` [n, context, width], or [n, width] of those at the end token; `positions`
+    """`states[name]` float32 [n, context, width] on the CPU, or [n, width] of those at the end token; `positions`
     [n, context] are indices into `POSITIONS`."""
 
     states: dict[str, Tensor]
@@ -280,25 +295,26 @@ class PromptStates(NamedTuple):
 
 
 def read_states(encoder: Encoder, prompts: Sequence[str], architecture: Architecture) -> PromptStates:
-    """The states that image models read of these prompts."""
+    """Return the states that image models read of these prompts."""
     tokens = host_tokens(encoder, prompts, architecture)
-    parts = []
+    batches: dict[str, list[Tensor]] = {name: [] for name in _readers(architecture)}
     for start in range(0, len(tokens), BATCH):
-        encoder.check_cancelled()
+        encoder.host.check_cancelled()
         with torch.no_grad(), encoder.autocast():
-            found = hidden_states(encoder.network, tokens[start : start + BATCH].to(encoder.device))
-        parts.append({name: found[name].float().cpu() for name in _readers(architecture)})
-    states = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            batch = hidden_states(encoder.network, tokens[start : start + BATCH].to(encoder.device))
+        for name, parts in batches.items():
+            parts.append(batch[name].float().cpu())
+    states = {name: torch.cat(parts) for name, parts in batches.items()}
     if not all(torch.isfinite(tensor).all() for tensor in states.values()):
         raise BrokenModel(
             "The text tower computes values that are not numbers (NaN or infinite), so its hidden states cannot be "
-            "compared; its weights are damaged, or its training broke. Use a model from before that."
+            "compared. Its weights are damaged, or its training diverged; use an earlier checkpoint."
         )
     return PromptStates(states, _position_of(tokens))
 
 
-def hidden_states(network: nn.Module, tokens_nl: Tensor) -> dict[str, Tensor]:
-    """`STATES` of an open_clip text tower for tokens that end with the first end token of each row."""
+def hidden_states(network: Any, tokens_nl: Tensor) -> dict[str, Tensor]:
+    """Return the `STATES` of an open_clip.CLIP; a row's text ends with its first end token."""
     states = network.token_embedding(tokens_nl) + network.positional_embedding[: tokens_nl.shape[1]]
     mask = network.attn_mask[: tokens_nl.shape[1], : tokens_nl.shape[1]]
     before = states
@@ -312,7 +328,7 @@ def hidden_states(network: nn.Module, tokens_nl: Tensor) -> dict[str, Tensor]:
 def compare_states(
     new: PromptStates, old: PromptStates, architecture: Architecture, notes: Sequence[str] = ()
 ) -> ConditioningDrift:
-    """Position by position in float64, prompt by prompt."""
+    """Compare states position by position, in float64."""
     end = POSITIONS.index("end")
     states = {}
     for name, after in new.states.items():
@@ -324,17 +340,17 @@ def compare_states(
             cosines[row] = (x * y).sum(-1) / sizes
             distances[row] = (x - y).norm(dim=-1) / y.norm(dim=-1).clamp_min(1e-300)
         states[name] = {
-            position: PositionDrift(cosines[there].mean().item(), distances[there].mean().item(), int(there.sum()))
+            position: PositionDrift(cosines[rows].mean().item(), distances[rows].mean().item(), int(rows.sum()))
             for number, position in enumerate(POSITIONS)
-            if (there := positions == number).any()
+            if (rows := positions == number).any()
         }
-    told = list(notes)
     if text_sizes(architecture) not in READERS:
-        told.append(
-            "Image models read a CLIP-L or CLIP-G, and this text tower has other sizes: its hidden states are compared "
+        other_sizes = (
+            "Image models read a CLIP-L or CLIP-G, and this text tower has other sizes; its hidden states are compared "
             "as if it were a CLIP-L."
         )
-    return ConditioningDrift(len(new.positions), states, _readers(architecture), tuple(told))
+        notes = [*notes, other_sizes]
+    return ConditioningDrift(len(new.positions), states, _readers(architecture), tuple(notes))
 
 
 def _readers(architecture: Architecture) -> dict[str, str]:
@@ -342,11 +358,11 @@ def _readers(architecture: Architecture) -> dict[str, str]:
 
 
 def _position_of(tokens_nl: Tensor) -> Tensor:
-    """For each token, the index in `POSITIONS` of what it is."""
-    places = torch.arange(tokens_nl.shape[1]).expand_as(tokens_nl)
+    """Return for each token the index of its position in `POSITIONS`."""
+    columns = torch.arange(tokens_nl.shape[1]).expand_as(tokens_nl)
     ends = (tokens_nl == END).int().argmax(1, keepdim=True)
     positions = torch.full_like(tokens_nl, POSITIONS.index("words"))
-    positions[places == 0] = POSITIONS.index("start")
-    positions[places == ends] = POSITIONS.index("end")
-    positions[places > ends] = POSITIONS.index("padding")
+    positions[columns == 0] = POSITIONS.index("start")
+    positions[columns == ends] = POSITIONS.index("end")
+    positions[columns > ends] = POSITIONS.index("padding")
     return positions

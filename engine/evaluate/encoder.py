@@ -1,4 +1,4 @@
-"""Features of a data set's pictures and of texts, from a network, each picture once."""
+"""Encode a dataset's images and texts with a network, each of them once."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import functools
 import hashlib
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..clip.full_clip import FullCLIP
@@ -27,178 +27,223 @@ from ..data.threads import in_threads
 from ..data.tokenizer import Tokenizer, cut_to_longest
 from ..errors import UserError
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 BATCH = 64
-PICTURES_KEY = "pictures"  # in a model's provenance: how the pictures of its training became squares
-_TOLD = ("resize_mode", "background", "resize_backend")
-_ENTRY_BYTES = 1000  # about what Python needs for a tensor and its key, beside the numbers
+TRANSFORM_KEY = "pictures"  # in a model's provenance: the transform that it was trained with
+_TRANSFORM_FIELDS = ("resize_mode", "background", "resize_backend")
+_ENTRY_BYTES = 1000  # roughly what Python needs for a tensor and its key, besides the numbers
+
+
+class BrokenModel(UserError):
+    """A model whose features are NaN or infinite: no comparison with them means anything."""
 
 
 class EncodingCache:
-    """Features that this process has computed, by the model that made them and what they are of.
+    """Features that this process has computed, by model and input; the least recently used go first.
 
-    At most `limit` bytes; what was not asked for longest goes first. Safe to use from several threads.
+    Holds at most `limit` bytes. Thread-safe.
     """
 
-    def __init__(self, limit: int = 512 * 2**20):
+    def __init__(self, limit: int = 512 * 2**20) -> None:
         self.limit, self.bytes = limit, 0
-        self._kept: collections.OrderedDict[Hashable, Tensor] = collections.OrderedDict()
+        self._features: collections.OrderedDict[Hashable, Tensor] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key: Hashable) -> Tensor | None:
         with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-            return self._kept.get(key)
+            if key in self._features:
+                self._features.move_to_end(key)
+            return self._features.get(key)
 
     def put(self, key: Hashable, feature: Tensor) -> None:
-        """Keeps a copy, because a row of a batch would keep the whole batch."""
+        """Store a copy, because a row of a batch would keep the whole batch alive."""
         with self._lock:
-            if key in self._kept:
+            if key in self._features:
                 return
-            self._kept[key] = feature.clone()
+            self._features[key] = feature.clone()
             self.bytes += feature.nbytes + _ENTRY_BYTES
             while self.bytes > self.limit:
-                _, gone = self._kept.popitem(last=False)
-                self.bytes -= gone.nbytes + _ENTRY_BYTES
+                _, oldest = self._features.popitem(last=False)
+                self.bytes -= oldest.nbytes + _ENTRY_BYTES
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFeatures:
+    """One model's part of an `EncodingCache`; without a cache it stores nothing."""
+
+    cache: EncodingCache | None = None
+    model: Hashable = None
+
+    def get(self, *key: Hashable) -> Tensor | None:
+        return None if self.cache is None else self.cache.get((self.model, *key))
+
+    def put(self, feature: Tensor, *key: Hashable) -> None:
+        if self.cache is not None:
+            self.cache.put((self.model, *key), feature)
+
+
+def ignore_progress(done: int, total: int) -> None:
+    """The default of `on_progress`."""
+
+
+def never_cancelled() -> None:
+    """The default of `check_cancelled`."""
+
+
+class Runtime(TypedDict, total=False):
+    """Keyword arguments that every evaluation takes, all optional.
+
+    `device`: CUDA if available. `on_progress(done, total)` counts images. `check_cancelled` may raise between batches.
+    `cache` holds decoded images, `features` the features that earlier evaluations computed.
+    """
+
+    device: torch.device | str | None
+    on_progress: Callable[[int, int], None]
+    check_cancelled: Callable[[], None]
+    cache: ImageCache | None
+    features: EncodingCache | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """What the caller of an evaluation provides; see `Runtime`."""
+
+    on_progress: Callable[[int, int], None] = ignore_progress
+    check_cancelled: Callable[[], None] = never_cancelled
+    cache: ImageCache | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """A network ready to encode: where it is, how it computes, and whom to tell.
+    """A network with everything it needs to encode images and texts.
 
-    `transform` is how pictures become squares, and `cache` where they may be found decoded. `autocast` makes a context
-    for each forward pass; `on_progress(done, total)` counts pictures; `check_cancelled` may raise between batches.
-    `features` is where features may be found that `model`, which says which weights and how they compute, made before.
+    `autocast` makes a context for each forward pass. Features are float32 on the CPU. Encoding raises `BrokenModel`
+    for features that are not finite.
     """
 
-    network: nn.Module
+    network: Any  # an open_clip.CLIP; the type checker cannot see its methods through nn.Module
     transform: Transform
     tokenizer: Tokenizer
-    device: torch.device
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-    on_progress: Callable[[int, int], None] = lambda done, total: None
-    check_cancelled: Callable[[], None] = lambda: None
-    cache: ImageCache | None = None
-    features: EncodingCache | None = None
-    model: Hashable = None
+    host: Host = Host()
+    features: ModelFeatures = ModelFeatures()
 
     @classmethod
-    def of(
-        cls, full_clip: FullCLIP, *, device: torch.device | str | None = None, precision: str = "fp32", **more
-    ) -> Encoder:
-        """The network of a full CLIP, in fp32 or (`precision`) autocast to bf16, on CUDA where there is one. Pictures
-        become squares in the way that it was trained with."""
-        a = full_clip.architecture
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    def of(cls, full_clip: FullCLIP, *, precision: str = "fp32", **runtime: Unpack[Runtime]) -> Encoder:
+        """Build the network of a full CLIP in fp32, or with bf16 autocast, and the transform it was trained with."""
+        architecture = full_clip.architecture
+        device = default_device(runtime.get("device"))
         network = build_network(full_clip, device=device).eval().requires_grad_(False)
-        if precision == "bf16":
-            more["autocast"] = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
-        if more.get("features") is not None:
-            more["model"] = (full_clip.fingerprint, device.type, precision)
-        return cls(network, trained_transform(full_clip), Tokenizer(a.context_length, a.vocab_size), device, **more)
+        bf16 = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
+        return cls(
+            network,
+            trained_transform(full_clip),
+            Tokenizer(architecture.context_length, architecture.vocab_size),
+            bf16 if precision == "bf16" else contextlib.nullcontext,
+            Host(
+                runtime.get("on_progress", ignore_progress),
+                runtime.get("check_cancelled", never_cancelled),
+                runtime.get("cache"),
+            ),
+            ModelFeatures(runtime.get("features"), (full_clip.fingerprint, device.type, precision)),
+        )
 
     @property
-    def image_size(self) -> int:
-        return self.transform.image_size
+    def device(self) -> torch.device:
+        return self.network.logit_scale.device
 
-    def pictures(self, dataset: ClipDataset) -> DecodedImages:
-        """The pictures of a data set; nothing is kept in memory, because each is encoded once."""
-        return DecodedImages(dataset, self.transform, self.cache, memory_bytes=0)
+    @property
+    def logit_scale(self) -> float:
+        """The factor itself, such as 100."""
+        return float(self.network.logit_scale.detach().exp())
 
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """float32 [n, d] on the CPU, each row of length 1; a text that comes twice is encoded once. Raises
-        `BrokenModel`, as `images` does."""
+    def images_of(self, dataset: ClipDataset) -> DecodedImages:
+        """Return a dataset's images; none are kept in memory, because each is encoded once."""
+        return DecodedImages(dataset, self.transform, self.host.cache, memory_bytes=0)
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return unit features [n, d]; what the feature cache holds is not encoded again."""
         keys = [self.tokenizer.key(text) for text in texts]
-        named = dict(zip(keys, texts, strict=True))
-        found = {key: row for key in named if (row := self.kept("text", key)) is not None}
-        fresh = [key for key in named if key not in found]
-        for key, row in zip(fresh, self._encoded_texts([named[key] for key in fresh]), strict=True):
-            self.keep(row, "text", key)
-            found[key] = row
-        return torch.stack([found[key] for key in keys])
+        by_key = dict(zip(keys, texts, strict=True))
+        rows = {key: row for key in by_key if (row := self.features.get("text", key)) is not None}
+        new = [key for key in by_key if key not in rows]
+        for key, row in zip(new, self.encode_texts_uncached([by_key[key] for key in new]), strict=True):
+            self.features.put(row, "text", key)
+            rows[key] = row
+        return torch.stack([rows[key] for key in keys])
 
-    def passing_texts(self, texts: Sequence[str]) -> Tensor:
-        """As `texts`, for such as are not asked for again."""
-        return torch.stack(list(self._encoded_texts(texts)))
+    def encode_texts_uncached(self, texts: Sequence[str], *, unit: bool = True) -> Tensor:
+        """Return features [n, d], as long as the model makes them unless `unit`.
 
-    def raw_texts(self, texts: Sequence[str]) -> Tensor:
-        """float32 [n, d] on the CPU, of the length that the model gives them."""
-        return torch.stack(list(self._encoded_texts(texts, unit=False)))
-
-    def _encoded_texts(self, texts: Sequence[str], unit: bool = True) -> Iterator[Tensor]:
-        """A row for each text; of equal tokens, such as those of Dog and dog, the very same one."""
+        Texts of equal token ids, such as Dog and dog, are encoded once, so they get the very same bits.
+        """
         keys = [self.tokenizer.key(text) for text in texts]
         distinct = list(dict(zip(keys, texts, strict=True)).items())
         rows: dict[bytes, Tensor] = {}
         for start in range(0, len(distinct), BATCH):
-            self.check_cancelled()
-            named = dict(distinct[start : start + BATCH])
-            tokens = cut_to_longest(self.tokenizer(named.values())).to(self.device)
+            self.host.check_cancelled()
+            batch = dict(distinct[start : start + BATCH])
+            tokens = cut_to_longest(self.tokenizer(batch.values())).to(self.device)
             with torch.no_grad(), self.autocast():
                 features = self.network.encode_text(tokens)
-            rows |= zip(named, _unit(features) if unit else _checked(features.float().cpu()), strict=True)
-        return (rows[key] for key in keys)
+            rows |= zip(batch, _unit(features) if unit else _require_finite(features.float().cpu()), strict=True)
+        return torch.stack([rows[key] for key in keys]) if keys else torch.zeros(0, 1)
 
-    def kept(self, *what: Hashable) -> Tensor | None:
-        """A feature that was computed before with the same model."""
-        return None if self.features is None else self.features.get((self.model, *what))
-
-    def keep(self, feature: Tensor, *what: Hashable) -> None:
-        if self.features is not None:
-            self.features.put((self.model, *what), feature)
-
-    def images(self, batches: Iterable[tuple[list[int], Tensor]], total: int) -> tuple[list[int], Tensor]:
-        """Sample indices and float32 [n, d] on the CPU, each row of length 1, of uint8 batches."""
+    def encode_batches(self, batches: Iterable[tuple[list[int], Tensor]], total: int) -> tuple[list[int], Tensor]:
+        """Return sample indices and unit features [n, d] for batches of (indices, uint8 images)."""
         indices: list[int] = []
-        parts = []
-        for found, images_u8 in batches:
-            self.check_cancelled()
+        features = []
+        for batch, images_u8 in batches:
+            self.host.check_cancelled()
             with torch.no_grad(), self.autocast():
-                parts.append(_unit(self.network.encode_image(normalize(images_u8.to(self.device), self.network.dtype))))
-            indices += found
-            self.on_progress(len(indices), total)
-        return indices, torch.cat(parts) if parts else torch.zeros(0, 1)
+                images = normalize(images_u8.to(self.device), self.network.dtype)
+                features.append(_unit(self.network.encode_image(images)))
+            indices += batch
+            self.host.on_progress(len(indices), total)
+        return indices, torch.cat(features) if features else torch.zeros(0, 1)
+
+
+def default_device(device: torch.device | str | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def trained_transform(full_clip: FullCLIP) -> Transform:
-    """How the pictures of a model's training became squares, as its provenance says, without chance; else as CLIP's."""
-    told = full_clip.provenance.get(PICTURES_KEY)
-    told = told if isinstance(told, dict) else {}
-    known = {name: told[name] for name in _TOLD if isinstance(told.get(name), str)}
+    """Return the transform that a model was trained with, without its random parts; CLIP's own if it names none."""
+    known = full_clip.provenance.get(TRANSFORM_KEY)
+    fields = known if isinstance(known, dict) else {}
+    valid = {name: fields[name] for name in _TRANSFORM_FIELDS if isinstance(fields.get(name), str)}
     try:
-        return Transform(image_size=full_clip.architecture.image_size, **known).deterministic
-    except UserError:  # what another version, or program, wrote
+        return Transform(image_size=full_clip.architecture.image_size, **valid).deterministic
+    except UserError:  # written by another version or program
         return Transform(image_size=full_clip.architecture.image_size)
 
 
 def with_trained_transform(provenance: Mapping[str, Any], transform: Transform) -> dict[str, Any]:
-    """A provenance that says how pictures became squares, if that is not CLIP's own way."""
-    usual, found = Transform(image_size=transform.image_size), transform.deterministic
-    told = {name: getattr(found, name) for name in _TOLD}
-    without = {key: value for key, value in provenance.items() if key != PICTURES_KEY}
-    return without if found == usual else without | {PICTURES_KEY: told}
-
-
-class BrokenModel(UserError):
-    """A model whose features are not numbers: compared with anything they are neither better nor worse."""
+    """Return a provenance that names the transform, unless that is CLIP's own."""
+    default, used = Transform(image_size=transform.image_size), transform.deterministic
+    fields = {name: getattr(used, name) for name in _TRANSFORM_FIELDS}
+    others = {key: value for key, value in provenance.items() if key != TRANSFORM_KEY}
+    return others if used == default else others | {TRANSFORM_KEY: fields}
 
 
 def _unit(features: Tensor) -> Tensor:
-    return _checked(F.normalize(features.float(), dim=1).cpu())
+    return _require_finite(F.normalize(features.float(), dim=1).cpu())
 
 
-def _checked(features: Tensor) -> Tensor:
+def _require_finite(features: Tensor) -> Tensor:
     if not torch.isfinite(features).all():
         raise BrokenModel(
-            "The model computes values that are not numbers (NaN or infinite), so nothing can be measured with it; its "
-            "weights are damaged, or its training broke. Use a model from before that."
+            "The model computes values that are not numbers (NaN or infinite), so nothing can be measured with it. Its "
+            "weights are damaged, or its training diverged; use an earlier checkpoint."
         )
     return features
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedImages:
-    """The distinct pictures of a data set that could be opened: `samples[i]` are the indices of all copies of row i."""
+    """The distinct images of a dataset that could be opened: `samples[i]` are the indices of all copies of row i."""
 
     features: Tensor
     samples: list[list[int]]
@@ -206,72 +251,77 @@ class EncodedImages:
 
 
 def require_images(dataset: ClipDataset) -> None:
-    """Raise `UserError` for an empty data set, such as the validation part of a split of 0."""
+    """Raise `UserError` for an empty dataset, such as the validation part of a split of 0."""
     if not len(dataset):
         raise UserError(
-            f"There is no picture of {dataset.name} to measure on; set validation_split above 0, or measure on another "
-            "data set."
+            f"{dataset.name} has no images to measure on; set validation_split above 0, or measure on another dataset."
         )
 
 
 def encode_images(encoder: Encoder, dataset: ClipDataset) -> EncodedImages:
-    """Encode each distinct picture once; files of the same bytes are one picture. What the encoder's cache of features
-    holds is not encoded again: it knows a picture by its bytes and the transform.
+    """Encode each distinct image once; files with the same bytes are one image.
 
-    Raises `UserError` if no picture can be opened.
+    The encoder's feature cache knows an image by its bytes and the transform. Raises `UserError` if no image can be
+    opened.
     """
-    copies: dict[str, list[int]] = {}
-    missing = set(dataset.missing())
-    there = [index for index in range(len(dataset)) if index not in missing]
-    digests = in_threads(lambda index: _digest(dataset, index), there)
-    for index, digest in zip(there, digests, strict=True):
-        copies.setdefault(digest, []).append(index)
-    firsts = {indices[0]: indices for indices in copies.values()}
-    named = {indices[0]: ("picture", encoder.transform.base_name, digest) for digest, indices in copies.items()}
-    rows = {index: row for index, name in named.items() if (row := encoder.kept(*name)) is not None}
-    pictures = encoder.pictures(dataset)
-    fresh = [index for index in firsts if index not in rows]
-    indices, features = encoder.images(image_batches(pictures, fresh, BATCH), len(fresh))
+    missing = dataset.missing()
+    copies = _copies_by_digest(dataset, set(missing))
+    keys = {indices[0]: ("image", encoder.transform.base_name, digest) for digest, indices in copies.items()}
+    rows = {index: row for index, key in keys.items() if (row := encoder.features.get(*key)) is not None}
+    images = encoder.images_of(dataset)
+    new = [index for index in keys if index not in rows]
+    indices, features = encoder.encode_batches(image_batches(images, new, BATCH), len(new))
     for index, row in zip(indices, features, strict=True):
-        encoder.keep(row, *named[index])
+        encoder.features.put(row, *keys[index])
     if rows:
         rows |= dict(zip(indices, features, strict=True))
-        indices = [index for index in firsts if index in rows]
+        indices = [index for index in keys if index in rows]
         features = torch.stack([rows[index] for index in indices])
-        encoder.on_progress(len(indices), len(indices))
-    broken = pictures.broken
-    notes = []
+        encoder.host.on_progress(len(indices), len(indices))
+    if not indices:
+        raise UserError(f"No image of {dataset.name} can be opened; run clip-finetune info on it to see why.")
+    notes = tuple(_notes_on_unusable(dataset, missing, images.broken))
+    return EncodedImages(features, [copies[keys[index][-1]] for index in indices], notes)
+
+
+def _notes_on_unusable(dataset: ClipDataset, missing: Sequence[int], broken: Mapping[str, str]) -> Iterator[str]:
     if missing:
-        notes.append(
-            f"{len(missing)} of the {len(dataset)} pictures named in {dataset.name} are not there (the first is "
+        yield (
+            f"{len(missing)} of the {len(dataset)} images named in {dataset.name} are missing (the first is "
             f"{dataset.names[min(missing)]}); they are left out."
         )
     if broken:
         name, reason = next(iter(broken.items()))
-        notes.append(f"{len(broken)} pictures cannot be opened and are left out (the first is {name}: {reason}).")
-    if not indices:
-        raise UserError(f"No picture of {dataset.name} can be opened; run clip-finetune info on it to see why.")
-    return EncodedImages(features, [firsts[index] for index in indices], tuple(notes))
+        yield f"{len(broken)} images cannot be opened and are left out (the first is {name}: {reason})."
+
+
+def _copies_by_digest(dataset: ClipDataset, missing: set[int]) -> dict[str, list[int]]:
+    """Return the samples that share an image, by the hash of its bytes."""
+    present = [index for index in range(len(dataset)) if index not in missing]
+    copies: dict[str, list[int]] = {}
+    digests = in_threads(lambda index: _digest(dataset, index), present)
+    for index, digest in zip(present, digests, strict=True):
+        copies.setdefault(digest, []).append(index)
+    return copies
 
 
 def _digest(dataset: ClipDataset, index: int) -> str:
     path = dataset.path(index)
     try:
-        found = stat_of(path)
-        return _digest_of(str(path), found.st_size, found.st_mtime_ns)
-    except (OSError, ValueError):  # the latter for a name with a null character, and for a row that is damaged
-        return f"unreadable {path}"  # decoding it tells the reason
+        stat = stat_of(path)
+        return _digest_of(str(path), stat.st_size, stat.st_mtime_ns)
+    except (OSError, ValueError):  # ValueError: a name with a null character, or a damaged row of a table
+        return f"unreadable {path}"  # decoding it will tell the reason
 
 
 @functools.lru_cache(maxsize=200_000)
-def _digest_of(path: str, size: int, time: int) -> str:
-    """Of a file that has this size and time: each validation of a run sees the same files."""
+def _digest_of(path: str, size: int, mtime_ns: int) -> str:
+    """Hash a file; cached by its size and time, because each validation of a run sees the same files."""
     with open_bytes(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _old(file)
+        return _sha256(file)
 
 
-def _old(file) -> str:
-    """hashlib.file_digest for Python 3.10."""
+def _sha256(file: BinaryIO) -> str:
     digest = hashlib.sha256()
     while block := file.read(2**20):
         digest.update(block)

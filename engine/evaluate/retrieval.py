@@ -1,120 +1,161 @@
-"""Retrieval: does a picture find its captions among all captions, and a caption its picture among all pictures?"""
+"""Retrieval: does an image find its captions among all captions, and a caption its image among all images?"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..clip.full_clip import FullCLIP
 from ..data.dataset import ClipDataset
-from ..data.images.image_cache import ImageCache
 from ..errors import UserError
+from ..report.charts import bar_chart
+from ..report.tables import percent
 from .class_names import with_named_classes
-from .encoder import EncodedImages, Encoder, EncodingCache, encode_images, require_images
+from .encoder import EncodedImages, Encoder, Runtime, encode_images, require_images
 
-KS = (1, 5, 10)
-_ROWS, _COLUMNS = 1024, 4096  # of the similarity matrix, of which one such block is in memory
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from typing_extensions import Unpack
+
+_ROWS, _COLUMNS = 1024, 4096  # one such block of the similarity matrix is in memory at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Recalls:
+    """The share of queries (0 to 1) with a right answer among the first 1, 5 and 10, and the median rank."""
+
+    r1: float
+    r5: float
+    r10: float
+    median_rank: float
 
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalResult:
-    """Recalls (0 to 1) and median ranks in both directions, over the whole set.
-
-    `loss` is the contrastive loss over the whole set at the model's own temperature (see `contrastive_loss`).
-    """
+    """Recalls in both directions over the whole dataset, and its `contrastive_loss` at the model's temperature."""
 
     images: int
     captions: int
-    image_to_text: dict[str, float]
-    text_to_image: dict[str, float]
+    image_to_text: Recalls
+    text_to_image: Recalls
     loss: float
     notes: tuple[str, ...] = ()
 
     @property
     def recall_at_1(self) -> float:
         """The mean of both directions."""
-        return (self.image_to_text["r1"] + self.text_to_image["r1"]) / 2
+        return (self.image_to_text.r1 + self.text_to_image.r1) / 2
+
+    @property
+    def directions(self) -> dict[str, Recalls]:
+        return {"image to text": self.image_to_text, "text to image": self.text_to_image}
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "image_to_text": self.image_to_text,
-            "text_to_image": self.text_to_image,
+            "image_to_text": dataclasses.asdict(self.image_to_text),
+            "text_to_image": dataclasses.asdict(self.text_to_image),
             "captions": self.captions,
         }
 
+    def rows(self) -> dict[str, str]:
+        return {
+            f"{direction} R@{k}": percent(getattr(recalls, f"r{k}"))
+            for direction, recalls in self.directions.items()
+            for k in (1, 5, 10)
+        }
 
-def eval_retrieval(
-    full_clip: FullCLIP,
-    dataset: ClipDataset,
-    *,
-    device: torch.device | str | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-    check_cancelled: Callable[[], None] = lambda: None,
-    cache: ImageCache | None = None,
-    features: EncodingCache | None = None,
-) -> RetrievalResult:
-    """Retrieval over a captioned data set; raises `UserError` for one without captions."""
+    def remark(self) -> str:
+        """The median ranks in a sentence."""
+        return (
+            f"For half of the images a right caption is among the first {self.image_to_text.median_rank:.0f} of "
+            f"{self.captions}; for half of the captions the right image is among the first "
+            f"{self.text_to_image.median_rank:.0f} of {self.images}."
+        )
+
+
+def retrieval_chart(results: Mapping[str, RetrievalResult], title: str) -> Image:
+    first = next(iter(results.values()))
+    groups = {
+        f"{direction}\nR@{k}": {
+            name: getattr(result.directions[direction], f"r{k}") for name, result in results.items()
+        }
+        for direction in first.directions
+        for k in (1, 5)
+    }
+    return bar_chart(groups, title=title)
+
+
+def require_captions(dataset: ClipDataset) -> None:
     require_images(dataset)
     if not dataset.has_captions:
         raise UserError(
             f"{dataset.name} has class folders but no captions, so retrieval cannot be measured on it; measure "
             "zero-shot accuracy instead."
         )
-    dataset, told = with_named_classes(dataset)
-    encoder = Encoder.of(
-        full_clip,
-        device=device,
-        on_progress=on_progress,
-        check_cancelled=check_cancelled,
-        cache=cache,
-        features=features,
-    )
-    found = retrieval_of(encoder, dataset)
-    return dataclasses.replace(found, notes=(*told, *found.notes))
 
 
-def retrieval_of(encoder: Encoder, dataset: ClipDataset, *, pictures: EncodedImages | None = None) -> RetrievalResult:
-    """Retrieval with a network that is already there, and its pictures if they were encoded before; a sample that has
-    only a class is captioned by it.
+def eval_retrieval(full_clip: FullCLIP, dataset: ClipDataset, **runtime: Unpack[Runtime]) -> RetrievalResult:
+    """Measure retrieval on a captioned dataset; raises `UserError` for one without captions."""
+    require_captions(dataset)
+    return named_retrieval_of(Encoder.of(full_clip, **runtime), dataset)
 
-    A caption that several pictures have is one text, and right for each of them; a picture that is there twice is one
-    picture with the captions of both.
+
+def named_retrieval_of(
+    encoder: Encoder, dataset: ClipDataset, *, images: EncodedImages | None = None
+) -> RetrievalResult:
+    """As `retrieval_of`, with classes that have WordNet IDs called by their names."""
+    dataset, notes = with_named_classes(dataset)
+    result = retrieval_of(encoder, dataset, images=images)
+    return dataclasses.replace(result, notes=(*notes, *result.notes))
+
+
+def retrieval_of(encoder: Encoder, dataset: ClipDataset, *, images: EncodedImages | None = None) -> RetrievalResult:
+    """Measure retrieval with a network that is already built, and its images if they are already encoded.
+
+    A sample that has only a class is captioned by it. A caption of several images is one text, and right for each of
+    them. Copies of an image are one image with the captions of all.
     """
-    pictures = pictures or encode_images(encoder, dataset)
-    numbers: dict[str, int] = {}
-    relevant = []
-    for samples in pictures.samples:
-        texts = {text for index in samples for text in dataset.training_captions(index)}
-        relevant.append(sorted(numbers.setdefault(text, len(numbers)) for text in sorted(texts)))
-    images, texts = pictures.features, encoder.texts(list(numbers))
-    notes = [*pictures.notes]
-    if cut := sum(map(encoder.tokenizer.truncated, numbers)):
+    encoded = images or encode_images(encoder, dataset)
+    captions, relevant = relevant_captions(dataset, encoded)
+    image_features, text_features = encoded.features, encoder.encode_texts(captions)
+    notes = [*encoded.notes]
+    if cut := sum(map(encoder.tokenizer.truncated, captions)):
         notes.append(
-            f"{cut} of the {len(numbers)} captions are longer than the {encoder.tokenizer.context_length} tokens that "
-            "the model reads; it sees their beginnings."
+            f"{cut} of the {len(captions)} captions are longer than the {encoder.tokenizer.context_length} tokens that "
+            "the model reads; the rest of them is cut off."
         )
     if encoder.device.type == "cuda":
-        images, texts = images.to(encoder.device), texts.to(encoder.device)
-    pairs = _Pairs.of(relevant, images.device)
-    loss = _Loss(images, texts, pairs, float(encoder.network.logit_scale.detach().exp()))
-    ranks = _Ranks(images, texts, pairs)
-    _walk(images, texts, loss, ranks)
-    return RetrievalResult(len(images), len(texts), *ranks.recalls(), loss.mean(), tuple(notes))
+        image_features, text_features = image_features.to(encoder.device), text_features.to(encoder.device)
+    pairs = _Pairs.of(relevant, image_features.device)
+    loss = _Loss(image_features, text_features, pairs, encoder.logit_scale)
+    ranks = _Ranks(image_features, text_features, pairs)
+    _walk(image_features, text_features, loss, ranks)
+    return RetrievalResult(len(image_features), len(text_features), *ranks.recalls(), loss.mean(), tuple(notes))
+
+
+def relevant_captions(dataset: ClipDataset, images: EncodedImages) -> tuple[list[str], list[list[int]]]:
+    """Return the distinct captions, and for each image the indices of those that belong to it."""
+    numbers: dict[str, int] = {}
+    relevant = []
+    for samples in images.samples:
+        captions = sorted({caption for index in samples for caption in dataset.training_captions(index)})
+        relevant.append(sorted(numbers.setdefault(caption, len(numbers)) for caption in captions))
+    return list(numbers), relevant
 
 
 def retrieval_metrics(
     images_nd: Tensor, texts_md: Tensor, relevant: Sequence[Sequence[int]]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """(image to text, text to image), each {"r1", "r5", "r10", "median_rank"}; `relevant[i]` are picture i's texts.
+) -> tuple[Recalls, Recalls]:
+    """Return the recalls (image to text, text to image) of unit features; `relevant[i]` are image i's texts.
 
-    Features have rows of length 1. A query is right at k if one of its right answers is among the first k
-    (the definition of CLIP_benchmark for several captions a picture). An answer's rank counts every wrong answer of at
-    least its score before it: a tie is not a win, and the order of equal scores does not matter.
+    A query counts at k if one of its right answers is among the first k (CLIP_benchmark's definition for several
+    captions an image). Every wrong answer with at least the same score ranks before a right one: a tie is not a win,
+    and the order of equal scores does not matter.
     """
     ranks = _Ranks(images_nd, texts_md, _Pairs.of(relevant, images_nd.device))
     _walk(images_nd, texts_md, ranks)
@@ -124,10 +165,11 @@ def retrieval_metrics(
 def contrastive_loss(
     images_nd: Tensor, texts_md: Tensor, relevant: Sequence[Sequence[int]], logit_scale: float
 ) -> float:
-    """The symmetric InfoNCE of the whole set as one batch: each picture against all texts and each text against all
-    pictures, the target spread evenly over what belongs together. `logit_scale` is the factor itself, such as 100.
+    """Return the symmetric InfoNCE loss of the whole dataset as one batch, in float64.
 
-    It does not depend on batches or order, so values of different steps compare. In float64.
+    Each image is compared with all texts and each text with all images; the target is spread evenly over the right
+    answers. `logit_scale` is the factor itself, such as 100. The loss does not depend on batches or order, so values
+    of different steps can be compared.
     """
     loss = _Loss(images_nd, texts_md, _Pairs.of(relevant, images_nd.device), logit_scale)
     _walk(images_nd, texts_md, loss)
@@ -136,7 +178,7 @@ def contrastive_loss(
 
 @dataclasses.dataclass(frozen=True)
 class _Pairs:
-    """What belongs together: picture `images[i]` and text `texts[i]`, int64 [p], in the order of the pictures."""
+    """What belongs together: image `images[i]` and text `texts[i]`, int64 [p], in the order of the images."""
 
     images: Tensor
     texts: Tensor
@@ -149,7 +191,7 @@ class _Pairs:
         return cls(images.to(device), texts.to(device))
 
     def within(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-        """Those in a block, counted from its corner."""
+        """Return the pairs inside a block, counted from its corner."""
         first, last = torch.searchsorted(self.images, self.images.new_tensor([rows.start, rows.stop])).tolist()
         texts = self.texts[first:last]
         inside = (texts >= columns.start) & (texts < columns.stop)
@@ -157,8 +199,10 @@ class _Pairs:
 
 
 def _walk(images_nd: Tensor, texts_md: Tensor, *measures: _Loss | _Ranks) -> None:
-    """Give each measure the similarity matrix, float64, block after block: a set of any size needs the same memory. A
-    measure may write into its block, so the ranks, which do, come last."""
+    """Give each measure the similarity matrix in float64, block by block, so that memory does not grow with the set.
+
+    A measure may overwrite its block. `_Ranks` does, so it comes last.
+    """
     for top in range(0, len(images_nd), _ROWS):
         rows = slice(top, min(top + _ROWS, len(images_nd)))
         images = images_nd[rows].double()
@@ -170,12 +214,12 @@ def _walk(images_nd: Tensor, texts_md: Tensor, *measures: _Loss | _Ranks) -> Non
 
 
 class _Ranks:
-    """The rank of each picture's best text among all texts, and of each text's best picture."""
+    """The rank of each image's best text among all texts, and of each text's best image."""
 
-    def __init__(self, images_nd: Tensor, texts_md: Tensor, pairs: _Pairs):
+    def __init__(self, images_nd: Tensor, texts_md: Tensor, pairs: _Pairs) -> None:
         self.pairs = pairs
-        right = _grid(_pair_scores(images_nd, texts_md, pairs))
-        # What has no right answer is behind all that are wrong: whatever is finite is at least this.
+        right = _to_grid(_pair_scores(images_nd, texts_md, pairs))
+        # A query without a right answer ranks behind all wrong ones: every finite score is at least this.
         lowest = torch.finfo(torch.float64).min
         self.image_best = right.new_full((len(images_nd),), lowest).scatter_reduce(0, pairs.images, right, "amax")
         self.text_best = right.new_full((len(texts_md),), lowest).scatter_reduce(0, pairs.texts, right, "amax")
@@ -184,18 +228,18 @@ class _Ranks:
         )
 
     def add(self, rows: slice, columns: slice, scores: Tensor) -> None:
-        wrong = _grid(scores).index_put_(self.pairs.within(rows, columns), scores.new_tensor(-math.inf))
+        wrong = _to_grid(scores).index_put_(self.pairs.within(rows, columns), scores.new_tensor(-math.inf))
         self.of_images[rows] += (wrong >= self.image_best[rows, None]).sum(1)
         self.of_texts[columns] += (wrong >= self.text_best[columns]).sum(0)
 
-    def recalls(self) -> tuple[dict[str, float], dict[str, float]]:
+    def recalls(self) -> tuple[Recalls, Recalls]:
         return _recalls(self.of_images), _recalls(self.of_texts)
 
 
 class _Loss:
     """InfoNCE in both directions."""
 
-    def __init__(self, images_nd: Tensor, texts_md: Tensor, pairs: _Pairs, logit_scale: float):
+    def __init__(self, images_nd: Tensor, texts_md: Tensor, pairs: _Pairs, logit_scale: float) -> None:
         self.logit_scale = logit_scale
         right = _pair_scores(images_nd, texts_md, pairs) * logit_scale
         self.image_right = _mean_by(pairs.images, right, len(images_nd))
@@ -213,25 +257,25 @@ class _Loss:
         return (to_text.mean().item() + to_image.mean().item()) / 2
 
 
-def _grid(scores: Tensor) -> Tensor:
-    """Rounded in place, so that equal answers are equal whatever the order of the sums in their products was."""
+def _to_grid(scores: Tensor) -> Tensor:
+    """Round in place, so that equal answers are equal whatever the order of the sums in their products was."""
     return scores.mul_(1e9).round_()
 
 
 def _pair_scores(images_nd: Tensor, texts_md: Tensor, pairs: _Pairs) -> Tensor:
-    """float64 [p]: the scores of what belongs together."""
-    found = [images_nd.new_zeros(0, dtype=torch.float64)]
+    """Return the scores of what belongs together, float64 [p]."""
+    scores = [images_nd.new_zeros(0, dtype=torch.float64)]
     for start in range(0, len(pairs.images), _COLUMNS):
         images, texts = (column[start : start + _COLUMNS] for column in (pairs.images, pairs.texts))
-        found.append((images_nd[images].double() * texts_md[texts].double()).sum(1))
-    return torch.cat(found)
+        scores.append((images_nd[images].double() * texts_md[texts].double()).sum(1))
+    return torch.cat(scores)
 
 
-def _mean_by(places: Tensor, values: Tensor, count: int) -> Tensor:
-    sums = values.new_zeros(count).index_add_(0, places, values)
-    return sums / torch.bincount(places, minlength=count)
+def _mean_by(groups: Tensor, values: Tensor, count: int) -> Tensor:
+    sums = values.new_zeros(count).index_add_(0, groups, values)
+    return sums / torch.bincount(groups, minlength=count)
 
 
-def _recalls(ranks: Tensor) -> dict[str, float]:
-    recalls = {f"r{k}": (ranks <= k).double().mean().item() for k in KS}
-    return recalls | {"median_rank": float(ranks.double().quantile(0.5))}
+def _recalls(ranks: Tensor) -> Recalls:
+    r1, r5, r10 = ((ranks <= k).double().mean().item() for k in (1, 5, 10))
+    return Recalls(r1, r5, r10, float(ranks.double().quantile(0.5)))

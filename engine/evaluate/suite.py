@@ -1,196 +1,285 @@
-"""Several models on one data set: everything that the data allows, as one list of numbers and one table."""
+"""The evaluation suite: what can be measured on a dataset, and several models measured together.
+
+`EVALUATORS` is the one list of measurements. The command, its page and the nodes read it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-
-import torch
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from ..clip.full_clip import FullCLIP
-from ..clip.load import load_full_clip
 from ..data.dataset import ClipDataset
-from ..data.images.image_cache import ImageCache
-from ..report.attack_charts import share_chart
-from ..report.charts import against_baseline, bar_chart
-from ..report.tables import table
-from .class_names import has_classes, with_classes, with_named_classes
-from .encoder import BrokenModel, Encoder, EncodingCache, encode_images, require_images
-from .retrieval import retrieval_of
-from .typographic.attack import TypographicResult, typographic_of
+from ..notes import Notes
+from ..report.charts import against_baseline
+from ..report.evaluation_report import Measurement
+from ..report.tables import Rows, table
+from . import retrieval, zero_shot
+from .class_names import has_classes, with_classes
+from .encoder import BrokenModel, EncodedImages, Encoder, Runtime, encode_images, require_images
+from .typographic import attack, examples
 from .typographic.photographed import attacks_in
-from .zero_shot import TEMPLATES, require_classes, zero_shot_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from typing_extensions import Unpack
+
+BASELINE = "baseline"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to measure. `templates` None: OpenAI's 80, or the short set where words are written on the images.
+
+    (SCAM has hundreds of names, and is published with one sentence for each.)
+    """
+
+    templates: str | None = None
+    custom_templates: tuple[str, ...] = ()
+    protocol: str = "whole set"
+    typographic: bool = False
+    seed: int = 0
+
+
+DEFAULT_REQUEST = Request()
+
+
+class Result(Protocol):
+    """What every evaluator returns: a frozen dataclass with these."""
+
+    @property
+    def images(self) -> int: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+    def as_dict(self) -> dict[str, Any]:
+        """Its numbers for the JSON."""
+
+    def rows(self) -> dict[str, str]:
+        """Its numbers for a table, by what they are."""
+
+
+R = TypeVar("R", bound=Result)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluator(Generic[R]):
+    """One measurement. `name` is its key in the JSON; `title` and `score` make its sentence.
+
+    `run` gets the dataset's encoded images, or None to encode them itself. `require` raises `UserError` if `run` would.
+    `tables` are more numbers, by heading; `details` what is in the JSON beside `as_dict`; `remarks` further sentences
+    on a model and perhaps its baseline; `examples` a heading and captioned images.
+    """
+
+    name: str
+    title: str
+    applies: Callable[[ClipDataset, Request], bool]
+    require: Callable[[ClipDataset], None]
+    run: Callable[[Encoder, ClipDataset, Request, EncodedImages | None], R]
+    score: Callable[[R], float]
+    chart: Callable[[Mapping[str, R], str], Image]
+    tables: Callable[[Mapping[str, R]], dict[str, Rows]] = lambda results: {}
+    details: Callable[[R], dict[str, Any]] = lambda result: {}
+    remarks: Callable[[R, R | None], list[str]] = lambda model, baseline: []
+    examples: Callable[[ClipDataset, R, R | None], tuple[str, list[tuple[Image, str]]]] = (
+        lambda dataset, model, baseline: ("", [])
+    )
+
+    def sentence(self, model: R, baseline: R | None) -> str:
+        return against_baseline(self.title, self.score(model), None if baseline is None else self.score(baseline))
+
+    def table(self, results: Mapping[str, R]) -> str:
+        """A row for each number and a column for each model, and the further tables below."""
+        first = next(iter(results.values()))
+        rows = [
+            {self.title: number} | {name: result.rows()[number] for name, result in results.items()}
+            for number in first.rows()
+        ]
+        return "\n\n".join([table(rows), *(table(more) for more in self.tables(results).values() if more)])
+
+
+# ---- the evaluators --------------------------------------------------------------------------------------------------
+
+
+def _has_written_words(dataset: ClipDataset, request: Request) -> bool:
+    return request.typographic and bool(attacks_in(dataset))
+
+
+def _templates(dataset: ClipDataset, request: Request) -> str:
+    return request.templates or ("simple" if _has_written_words(dataset, request) else zero_shot.TEMPLATES[0])
+
+
+ZERO_SHOT: Evaluator[zero_shot.ZeroShotResult] = Evaluator(
+    name="zero_shot",
+    title="Zero-shot accuracy",
+    applies=lambda dataset, request: has_classes(dataset) and not _has_written_words(dataset, request),
+    require=lambda dataset: zero_shot.require_classes(with_classes(dataset)[0]),
+    run=lambda encoder, dataset, request, images: zero_shot.zero_shot_of(
+        encoder,
+        dataset,
+        templates=_templates(dataset, request),
+        custom_templates=request.custom_templates,
+        protocol=request.protocol,
+        images=images,
+    ),
+    score=lambda result: result.top1,
+    chart=zero_shot.zero_shot_chart,
+    tables=zero_shot.class_tables,
+    details=lambda result: result.details(),
+    remarks=zero_shot.difference_remark,
+)
+RETRIEVAL: Evaluator[retrieval.RetrievalResult] = Evaluator(
+    name="retrieval",
+    title="Recall at 1",
+    applies=lambda dataset, request: dataset.has_captions and not _has_written_words(dataset, request),
+    require=retrieval.require_captions,
+    run=lambda encoder, dataset, request, images: retrieval.named_retrieval_of(encoder, dataset, images=images),
+    score=lambda result: result.recall_at_1,
+    chart=retrieval.retrieval_chart,
+    remarks=lambda model, baseline: [model.remark()],
+)
+TYPOGRAPHIC: Evaluator[attack.TypographicResult] = Evaluator(
+    name="typographic",
+    title="Accuracy under attack",
+    applies=lambda dataset, request: request.typographic,
+    require=attack.require_attackable,
+    run=lambda encoder, dataset, request, images: attack.typographic_of(
+        encoder, dataset, seed=request.seed, templates=_templates(dataset, request), images=images
+    ),
+    score=lambda result: result.accuracy_under_attack,
+    chart=attack.typographic_chart,
+    tables=attack.kind_tables,
+    examples=examples.examples_of,
+)
+EVALUATORS: tuple[Evaluator[Any], ...] = (ZERO_SHOT, RETRIEVAL, TYPOGRAPHIC)
+
+
+def measure(
+    evaluator: Evaluator[R], full_clip: FullCLIP, dataset: ClipDataset, request: Request, **runtime: Unpack[Runtime]
+) -> R:
+    """Run one evaluator on one model. Raises `UserError` for a dataset it cannot measure on."""
+    evaluator.require(dataset)
+    return evaluator.run(Encoder.of(full_clip, **runtime), dataset, request, None)
+
+
+# ---- several models --------------------------------------------------------------------------------------------------
+
+
+class Candidate(NamedTuple):
+    """A model to measure: its role ("model" or "baseline"), the file it came from, and itself."""
+
+    role: str
+    file: str | None
+    full_clip: FullCLIP
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelResult:
+    """What was measured of one model, by evaluator name; `images` are the distinct ones of the dataset that counted."""
+
+    role: str
+    file: str | None
+    images: int
+    measured: Mapping[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """An entry of the list under "models" in the JSON of `eval`."""
+        evaluators = [evaluator for evaluator in EVALUATORS if evaluator.name in self.measured]
+        details = {each.name: found for each in evaluators if (found := each.details(self.measured[each.name]))}
+        numbers = {each.name: self.measured[each.name].as_dict() for each in evaluators}
+        return (
+            {"name": self.role, "file": self.file}
+            | ({"details": details} if details else {})
+            | {"images": self.images}
+            | numbers
+        )
 
 
 def evaluate(
-    models: Sequence[tuple[str, str | os.PathLike | FullCLIP]],
+    candidates: Iterable[Candidate],
     dataset: ClipDataset,
+    request: Request = DEFAULT_REQUEST,
     *,
-    templates: str | None = None,
-    protocol: str = "whole set",
-    typographic: bool = False,
-    activation: str = "auto",
-    context_length: int | None = None,
-    device: torch.device | str | None = None,
-    cache: ImageCache | None = None,
-    features: EncodingCache | None = None,
     on_note: Callable[[str], None] = lambda note: None,
-    on_attack: Callable[[str, TypographicResult], None] = lambda name, found: None,
-) -> list[dict[str, Any]]:
-    """The list under "models" of `eval --json`: zero-shot where the data set has labels, retrieval where captions, a
-    typographic attack if it is asked for. A model encodes each picture once for all of them.
+    **runtime: Unpack[Runtime],
+) -> list[ModelResult]:
+    """Run every evaluator that applies on each model, which encodes each image once for all of them.
 
-    `models` are pairs of a name ("model" or "baseline") and a file, hub name or FullCLIP. `templates` None are OpenAI's
-    80, but the short set for words that are on the pictures: SCAM has hundreds of names, and is published with one
-    sentence for each. `on_attack` gets the name and what the attack brought, picture by picture. Raises `UserError`.
+    Models are taken one at a time, so a generator opens each when it is needed, after the dataset was checked. Raises
+    `UserError`.
     """
     require_images(dataset)
-    results, told = [], set()
-    labelled, attacked = has_classes(dataset), bool(typographic and attacks_in(dataset))
-    if (labelled or typographic) and not attacked:
-        require_classes(with_classes(dataset)[0])  # before a model is opened for nothing
-    templates = templates or ("simple" if attacked else TEMPLATES[0])
-    for name, source in models:
-        full_clip, file = source, None
-        if not isinstance(source, FullCLIP):
-            full_clip, file = load_full_clip(source, activation=activation, context_length=context_length), str(source)
-        encoder = Encoder.of(full_clip, device=device, cache=cache, features=features)
-        measured: dict[str, Any] = {}
+    evaluators = [evaluator for evaluator in EVALUATORS if evaluator.applies(dataset, request)]
+    for evaluator in evaluators:
+        evaluator.require(dataset)
+    results, notes = [], Notes(on_note)
+    for role, file, full_clip in candidates:
+        encoder = Encoder.of(full_clip, **runtime)
         with _naming(file):
-            pictures = encode_images(encoder, dataset)
-            if labelled and not attacked:
-                measured["zero_shot"] = zero_shot_of(
-                    encoder, dataset, templates=templates, protocol=protocol, pictures=pictures
-                )
-            if dataset.has_captions and not attacked:
-                measured["retrieval"] = retrieval_of(encoder, with_named_classes(dataset)[0], pictures=pictures)
-            if typographic:
-                measured["typographic"] = typographic_of(encoder, dataset, templates=templates, pictures=pictures)
-                on_attack(name, measured["typographic"])
-        counted = [found.images for part, found in measured.items() if part != "typographic"]
-        result: dict[str, Any] = {"name": name, "file": file}
-        if "zero_shot" in measured:
-            result["details"] = {"zero_shot": measured["zero_shot"].details()}
-        result["images"] = (counted or [len(pictures.features)])[-1]
-        results.append(result | {part: found.as_dict() for part, found in measured.items()})
-        for note in (note for found in measured.values() for note in (*full_clip.notes, *found.notes)):
-            if note not in told:
-                told.add(note)
-                on_note(note)
+            images = encode_images(encoder, dataset)
+            measured = {each.name: each.run(encoder, dataset, request, images) for each in evaluators}
+        counts = [result.images for name, result in measured.items() if name != TYPOGRAPHIC.name]  # it counts attacks
+        results.append(ModelResult(role, file, counts[-1] if counts else len(images.samples), measured))
+        for result in measured.values():
+            notes.extend((*full_clip.notes, *result.notes))
     return results
 
 
 @contextlib.contextmanager
 def _naming(file: str | None) -> Iterator[None]:
-    """Where several models are measured, a broken one is told by its file."""
+    """Say which of several models is broken."""
     try:
         yield
     except BrokenModel as error:
         raise BrokenModel(f"{file}: {error}" if file else str(error)) from error
 
 
-def table_of(results: Sequence[dict[str, Any]]) -> str:
-    """The same numbers for a reader, a row a model, in percent."""
-    return table(rows_of(results))
-
-
-def rows_of(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """The rows of `table_of`."""
-    rows = []
+def rows_of(results: Sequence[ModelResult]) -> Rows:
+    """Return a row for each model."""
+    rows: Rows = []
     for result in results:
-        row = {"model": result["name"], "file": result["file"] or "", "images": str(result.get("images", ""))}
-        if "zero_shot" in result:
-            zero_shot = result["zero_shot"]
-            row |= {
-                "zero-shot top 1": percent(zero_shot["top1"]),
-                "top 5": percent(zero_shot["top5"]),
-                "mean per class": percent(zero_shot["mean_per_class"]),
-            }
-            details = result.get("details", {}).get("zero_shot", {})
-            if "top1_interval" in details:
-                row["95 %"] = " to ".join(map(percent, details["top1_interval"]))
-            if "published_in_batch_share" in details:
-                row["1 of 48, not accuracy"] = percent(details["published_in_batch_share"])
-        if "typographic" in result:
-            found = result["typographic"]
-            row |= {
-                "clean": percent(found["accuracy_clean"]),
-                "under attack": percent(found["accuracy_under_attack"]),
-                "word wins": percent(found["word_wins"]),
-            }
-        if "retrieval" in result:
-            for key, words in (("image_to_text", "image to text"), ("text_to_image", "text to image")):
-                found = result["retrieval"][key]
-                row |= {f"{words} R@1": percent(found["r1"]), f"{words} R@5": percent(found["r5"])}
+        row = {"model": result.role, "file": result.file or "", "images": str(result.images)}
+        for measured in result.measured.values():
+            row |= measured.rows()
         rows.append(row)
     return rows
 
 
-def charts_of(results: Sequence[dict[str, Any]]) -> list[tuple[str, Any]]:
-    """(a sentence, PIL) for each kind of measurement in the results."""
+def measurements_of(dataset: ClipDataset, results: Sequence[ModelResult]) -> list[Measurement]:
+    """Return what a page shows of each kind of measurement."""
     named = dict(zip(names_of(results), results, strict=True))
-    charts: list[tuple[str, Any]] = []
-
-    def sentence(what: str, number: Callable[[dict], float]) -> str:
-        baseline = next((number(found) for found in results if found["name"] == "baseline"), None)
-        return against_baseline(what, number(results[0]), baseline)
-
-    if "zero_shot" in results[0]:
-        measures = {"top 1": "top1", "top 5": "top5", "mean of classes": "mean_per_class"}
-        details = {name: found["details"]["zero_shot"] for name, found in named.items()}
-        title = sentence("Zero-shot accuracy", lambda found: found["zero_shot"]["top1"])
-        chart = share_chart(
-            {
-                words: {name: found["zero_shot"][key] for name, found in named.items()}
-                for words, key in measures.items()
-            },
-            title=title,
-            intervals={"top 1": {name: found["top1_interval"] for name, found in details.items()}},
+    baseline = next((result for result in results if result.role == BASELINE), None)
+    measurements = []
+    for evaluator in EVALUATORS:
+        if evaluator.name not in results[0].measured:
+            continue
+        by_name = {name: result.measured[evaluator.name] for name, result in named.items()}
+        model, base = results[0].measured[evaluator.name], baseline and baseline.measured[evaluator.name]
+        sentence = evaluator.sentence(model, base)
+        heading, images = evaluator.examples(dataset, model, base)
+        measurements.append(
+            Measurement(
+                sentence=sentence,
+                chart=evaluator.chart(by_name, sentence),
+                remarks=evaluator.remarks(model, base),
+                tables=evaluator.tables(by_name),
+                examples_heading=heading,
+                examples=images,
+            )
         )
-        charts.append((title, chart))
-    if "retrieval" in results[0]:
-        ways = {"image to text": "image_to_text", "text to image": "text_to_image"}
-        title = sentence("Recall at 1", lambda found: sum(found["retrieval"][key]["r1"] for key in ways.values()) / 2)
-        groups = {
-            f"{words}\nR@{k}": {name: found["retrieval"][key][f"r{k}"] for name, found in named.items()}
-            for words, key in ways.items()
-            for k in (1, 5)
-        }
-        charts.append((title, bar_chart(groups, title=title)))
-    if "typographic" in results[0]:
-        title = sentence("Accuracy under attack", lambda found: found["typographic"]["accuracy_under_attack"])
-        groups = {
-            f"right, {kind}": {name: found["typographic"]["kinds"][kind]["accuracy"] for name, found in named.items()}
-            for kind in results[0]["typographic"]["kinds"]
-        }
-        groups["the word wins"] = {name: found["typographic"]["word_wins"] for name, found in named.items()}
-        charts.append((title, share_chart(groups, title=title)))
-    return charts
+    return measurements
 
 
-def names_of(results: Sequence[dict[str, Any]]) -> list[str]:
-    """A name of its own for each model: its role, and its file's name where several have the same role."""
-    roles = [found["name"] for found in results]
+def names_of(results: Sequence[ModelResult]) -> list[str]:
+    """Return a distinct name for each model: its role, or its file's name where several have the same role."""
+    roles = [result.role for result in results]
     names: list[str] = []
-    for found in results:
-        name = found["name"]
+    for result in results:
+        name = result.role
         if roles.count(name) > 1:
-            stem = os.path.splitext(str(found["file"]))[0]
-            name = "/".join(stem.replace(os.sep, "/").split("/")[-2:])  # every run's model is called best
+            stem = os.path.splitext(str(result.file))[0]
+            name = "/".join(stem.replace(os.sep, "/").split("/")[-2:])  # every run's model file is called best
         names.append(name if name not in names else f"{name} ({len(names) + 1})")
     return names
-
-
-def notes_of(model: Any, baseline: Any = None) -> list[str]:
-    """The `notes` of what was measured, each once; of two models, what only one of them has says which."""
-    mine, theirs = model.notes, (baseline or model).notes
-    return [
-        note if note in mine and note in theirs else f"Of the {'model' if note in mine else 'baseline'}: {note}"
-        for note in dict.fromkeys((*mine, *theirs))
-    ]
-
-
-def percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"

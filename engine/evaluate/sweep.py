@@ -1,38 +1,46 @@
-"""From a baseline to its fine-tune in steps: where on the way is the best model? (WiSE-FT, arXiv:2109.01903.)"""
+"""Blend sweep: measure blends from a baseline to its fine-tune and pick the best (WiSE-FT, arXiv:2109.01903)."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-
-import torch
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..clip.blend import blend
 from ..clip.full_clip import FullCLIP
 from ..data.dataset import ClipDataset
-from ..data.images.image_cache import ImageCache
 from ..errors import UserError
+from ..notes import Notes
 from ..report.comparison_charts import sweep_chart
-from ..report.tables import table
+from ..report.tables import Rows, table
 from .class_names import scored_by_classes
 from .drift import require_one_architecture
-from .encoder import EncodingCache, require_images
+from .encoder import Runtime, ignore_progress, require_images
 from .retrieval import eval_retrieval
 from .zero_shot import eval_zero_shot
 
-ALLOWED_LOSS = 0.01  # of the baseline's score on the general set
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from typing_extensions import Unpack
+
+ALLOWED_LOSS = 0.01  # of the baseline's score on the general dataset
 STEPS = 11
 ZERO_SHOT, RETRIEVAL = "zero-shot top 1", "R@1, mean of both directions"
 _EQUAL = 1e-9
+_FINE = 1000  # parts of each measurement in the progress
 
 
 class Point(NamedTuple):
-    """A blend and its scores (0 to 1); `general` is None without a general set."""
+    """A blend and its scores (0 to 1); `general` is None without a general dataset."""
 
     alpha: float
     score: float
     general: float | None = None
+
+    @property
+    def words(self) -> str:
+        general = "" if self.general is None else f" and {self.general:.1%} in general"
+        return f"{self.score:.1%}{general}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +61,15 @@ class SweepResult:
 
     @property
     def sentence(self) -> str:
-        """What was found, in words."""
-        baseline, chosen = (_scores(point) for point in (self.points[0], self.chosen))
+        """The result in words."""
         if self.alpha == 0:
-            return f"Best at alpha 0, the baseline: no blend that may be chosen is better than its {chosen}."
+            return f"Best at alpha 0, the baseline: no allowed blend is better than its {self.chosen.words}."
         end = " (the model as it is)" if self.alpha == 1 else ""
-        return f"Best at alpha {self.alpha:g}{end}: {chosen}, where the baseline has {baseline}."
+        return f"Best at alpha {self.alpha:g}{end}: {self.chosen.words}; the baseline has {self.points[0].words}."
 
     def table(self) -> str:
-        """The sentence, the rule and a row a blend, the best marked."""
-        rows = []
+        """The sentence, the rule and a row for each blend, the best one marked."""
+        rows: Rows = []
         for point in self.points:
             row = {"alpha": f"{point.alpha:g}", self.measure: f"{point.score:.1%}"}
             if point.general is not None:
@@ -70,15 +77,15 @@ class SweepResult:
             rows.append(row | {"": "best" if point.alpha == self.alpha else ""})
         return "\n".join([self.sentence, f"Rule: {self.rule}", "", table(rows)])
 
-    def chart(self):
-        """PIL, RGB: the scores along the way, and the frontier if there is a general set."""
-        floor = None if self.general_measure is None else self.points[0].general - ALLOWED_LOSS
+    def chart(self) -> Image:
+        """Draw the scores by alpha, and the trade-off if there is a general dataset."""
+        general = self.points[0].general
         return sweep_chart(
             self.points,
             self.alpha,
             measure=self.measure,
             general_measure=self.general_measure,
-            floor=floor,
+            floor=None if general is None else general - ALLOWED_LOSS,
             title=self.sentence,
         )
 
@@ -100,38 +107,32 @@ def blend_sweep(
     *,
     steps: int = STEPS,
     templates: str = "openai-80",
-    device: torch.device | str | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-    check_cancelled: Callable[[], None] = lambda: None,
-    cache: ImageCache | None = None,
-    features: EncodingCache | None = None,
+    **runtime: Unpack[Runtime],
 ) -> SweepResult:
-    """Measure `steps` blends, evenly spaced, on a data set and a general one: zero-shot accuracy where all samples
-    have classes (`scored_by_classes`), else retrieval. Raises `UserError`, also for two architectures, and
-    `BrokenModel`."""
+    """Measure `steps` evenly spaced blends on a dataset and a general one.
+
+    The score is zero-shot accuracy where all samples have classes (see `scored_by_classes`), else retrieval. Raises
+    `UserError`, also for two architectures, and `BrokenModel`.
+    """
     require_one_architecture(full_clip, baseline)
     if steps < 2:
-        raise UserError(f"steps is {steps}; give 2 at least, for the baseline and the model.")
-    sets = [dataset] if general is None else [dataset, general]
-    for found in sets:
-        require_images(found)
-    measures = [measure_of(found) for found in sets]
-    passes, points, notes = steps * len(sets), [], {}
+        raise UserError(f"steps is {steps}; give at least 2, for the baseline and the model.")
+    datasets = [dataset] if general is None else [dataset, general]
+    for each in datasets:
+        require_images(each)
+    measures = [measure_of(each) for each in datasets]
+    passes, points, notes = steps * len(datasets), [], Notes()
     for step in range(steps):
         alpha = step / (steps - 1)
-        mixed, scores = blend(full_clip, baseline, alpha), []
-        for place, (data, measure) in enumerate(zip(sets, measures, strict=True)):
-            done = step * len(sets) + place
-
-            def count(pictures: int, total: int, done=done) -> None:
-                on_progress(1000 * done + 1000 * pictures // max(1, total), 1000 * passes)
-
-            host = dict(device=device, on_progress=count, check_cancelled=check_cancelled, cache=cache)
-            if mixed in (full_clip, baseline):  # what else is measured is measured once
-                host["features"] = features
-            score, more = _score(mixed, data, measure, templates, host)
+        blended, scores = blend(full_clip, baseline, alpha), []
+        own = runtime
+        if blended is not full_clip and blended is not baseline:  # the blends between are measured only here
+            own = {**runtime, "features": None}
+        for number, (each, measure) in enumerate(zip(datasets, measures, strict=True)):
+            part = _part_of(own, step * len(datasets) + number, passes)
+            score, more = _score(blended, each, measure, templates, part)
             scores.append(score)
-            notes |= dict.fromkeys(more)
+            notes.extend(more)
         points.append(Point(alpha, *scores))
     alpha = choose(points)
     return SweepResult(
@@ -145,8 +146,14 @@ def blend_sweep(
     )
 
 
-def _scores(point: Point) -> str:
-    return f"{point.score:.1%}" if point.general is None else f"{point.score:.1%} and {point.general:.1%} in general"
+def _part_of(runtime: Runtime, number: int, passes: int) -> Runtime:
+    """Return a runtime whose progress is one part of all passes."""
+    on_progress = runtime.get("on_progress", ignore_progress)
+
+    def count(done: int, total: int) -> None:
+        on_progress(_FINE * number + _FINE * done // max(1, total), _FINE * passes)
+
+    return {**runtime, "on_progress": count}
 
 
 def measure_of(dataset: ClipDataset) -> str:
@@ -154,29 +161,34 @@ def measure_of(dataset: ClipDataset) -> str:
 
 
 def _score(
-    model: FullCLIP, dataset: ClipDataset, measure: str, templates: str, host: dict[str, Any]
+    full_clip: FullCLIP, dataset: ClipDataset, measure: str, templates: str, runtime: Runtime
 ) -> tuple[float, Sequence[str]]:
     if measure == ZERO_SHOT:
-        found = eval_zero_shot(model, dataset, templates=templates, **host)
-        return found.top1, found.notes
-    found = eval_retrieval(model, dataset, **host)
-    return found.recall_at_1, found.notes
+        zero_shot = eval_zero_shot(full_clip, dataset, templates=templates, **runtime)
+        return zero_shot.top1, zero_shot.notes
+    retrieval = eval_retrieval(full_clip, dataset, **runtime)
+    return retrieval.recall_at_1, retrieval.notes
 
 
 def choose(points: Sequence[Point]) -> float:
-    """The alpha of the highest score among the points that lose no more than `ALLOWED_LOSS` of the baseline's (the
-    first point's) general score; of equal ones the smallest alpha, which is nearest to the baseline."""
+    """Return the alpha with the highest score; among equal ones the smallest, which is nearest to the baseline.
+
+    Only points that lose no more than `ALLOWED_LOSS` of the baseline's (the first point's) general score count.
+    """
+    general = points[0].general
     allowed = [
-        point for point in points if point.general is None or point.general >= points[0].general - ALLOWED_LOSS - _EQUAL
+        point
+        for point in points
+        if general is None or (point.general is not None and point.general >= general - ALLOWED_LOSS - _EQUAL)
     ]
     best = max(point.score for point in allowed)
     return min(point.alpha for point in allowed if point.score >= best - _EQUAL)
 
 
 def rule_in_words(name: str, general: str | None) -> str:
-    kept = (
+    limit = (
         ""
         if general is None
-        else (f" among the blends that lose at most {100 * ALLOWED_LOSS:g} point of the baseline's score on {general}")
+        else f" among the blends that lose at most {100 * ALLOWED_LOSS:g} point of the baseline's score on {general}"
     )
-    return f"The highest score on {name}{kept}; of equal ones the smallest alpha."
+    return f"The highest score on {name}{limit}; among equal ones the smallest alpha."

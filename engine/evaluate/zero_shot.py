@@ -1,4 +1,4 @@
-"""Zero-shot classification: the class whose name, put into sentences, lies nearest to the picture."""
+"""Zero-shot classification: the class whose name, put into sentences, is nearest to the image."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import collections
 import dataclasses
 import hashlib
 import random
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,28 +15,34 @@ from torch.nn import functional as F
 
 from ..clip.full_clip import FullCLIP
 from ..data.dataset import ClipDataset
-from ..data.images.image_cache import ImageCache
 from ..errors import UserError
+from ..report.charts import bar_chart
+from ..report.tables import Rows, percent
 from .class_names import with_classes
-from .encoder import BATCH, EncodedImages, Encoder, EncodingCache, encode_images, require_images
-from .intervals import bootstrap_interval
+from .encoder import BATCH, EncodedImages, Encoder, Runtime, encode_images, require_images
+from .intervals import bootstrap_interval, difference_interval
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from typing_extensions import Unpack
 
 TEMPLATES = ("openai-80", "simple", "none", "custom")
 PROTOCOLS = ("whole set", "published")
-_LABELS, _SHUFFLES = 48, 10  # in a batch of the published evaluation; how many times it is drawn here
-ROWS = 4096  # pictures whose scores are in memory at once
-_TOGETHER = 16 * BATCH  # sentences of several classes, so that batches are full
+Sentence = Callable[[str], str]  # from a class name
+ROWS = 4096  # images whose scores are in memory at once
+_PUBLISHED_BATCH, _SHUFFLES = 48, 10  # labels in a batch of the published evaluation; how often it is drawn here
+_SENTENCES_AT_ONCE = 16 * BATCH  # of several classes together, so that batches are full
+_LISTED_MISTAKES = 100  # in a table; the JSON has all
 
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShotResult:
-    """Accuracies from 0 to 1; `per_class` by class name, for the classes that have pictures, and `per_class_images`
-    how many.
+    """Accuracies from 0 to 1.
 
-    `top1_interval` is the 95 % bootstrap interval of `top1`. `confused` are (class, what it was taken for, how often),
-    the most frequent first. `right_first` [images] says which pictures were right, in an order that is the same for all
-    models. `in_batch` is the figure of the published evaluation (see `in_batch_share`), which is not an accuracy, where
-    it was asked for.
+    `per_class` has the classes that have images, `per_class_images` how many they have. `top1_interval` is the 95 %
+    bootstrap interval of `top1`. `confused` holds (class, what it was taken for, how often), most frequent first.
+    `right_first` [images] says which images were right, in an order that is the same for all models. `in_batch` is the
+    figure of the published evaluation, if asked for (see `in_batch_share`; it is not an accuracy).
     """
 
     images: int
@@ -57,7 +63,8 @@ class ZeroShotResult:
 
     def details(self) -> dict[str, Any]:
         """What `as_dict` leaves out."""
-        found: dict[str, Any] = {
+        published = {} if self.in_batch is None else {"published_in_batch_share": self.in_batch}
+        return published | {
             "top1_interval": list(self.top1_interval),
             "per_class": [
                 {"class": name, "images": self.per_class_images[name], "top1": share}
@@ -65,9 +72,57 @@ class ZeroShotResult:
             ],
             "confused": [{"class": name, "taken_for": other, "images": count} for name, other, count in self.confused],
         }
+
+    def rows(self) -> dict[str, str]:
+        low, high = self.top1_interval
+        rows = {
+            "zero-shot top 1": percent(self.top1),
+            "95 % interval": f"{100 * low:.1f} to {high:.1%}",
+            "top 5": percent(self.top5),
+            "mean per class": percent(self.mean_per_class),
+        }
         if self.in_batch is not None:
-            found["published_in_batch_share"] = self.in_batch
-        return found
+            rows["1 of 48 labels (as published; not an accuracy)"] = percent(self.in_batch)
+        return rows
+
+
+def zero_shot_chart(results: Mapping[str, ZeroShotResult], title: str) -> Image:
+    """Draw accuracies; of one or two models also the classes that they mistake most often."""
+    groups = {
+        "top 1": {name: result.top1 for name, result in results.items()},
+        "top 5": {name: result.top5 for name, result in results.items()},
+        "mean of classes": {name: result.mean_per_class for name, result in results.items()},
+    }
+    confused = {name: result.confused for name, result in results.items()} if len(results) <= 2 else {}
+    intervals = {"top 1": {name: result.top1_interval for name, result in results.items()}}
+    return bar_chart(groups, title=title, intervals=intervals, confused=confused)
+
+
+def class_tables(results: Mapping[str, ZeroShotResult]) -> dict[str, Rows]:
+    """Return the accuracy of each class, and each model's mistakes, as tables by heading."""
+    first = next(iter(results.values()))
+    classes = [
+        {"class": f"class {name} ({first.per_class_images[name]})"}
+        | {model: percent(result.per_class[name]) for model, result in results.items()}
+        for name in first.per_class
+    ]
+    tables: dict[str, Rows] = {f"Accuracy of each of {len(classes)} classes": classes}
+    for model, result in results.items():
+        tables[f"What the {model} mistakes most often"] = [
+            {"class": name, "taken for": other, "images": str(count)}
+            for name, other, count in result.confused[:_LISTED_MISTAKES]
+        ]
+    return tables
+
+
+def difference_remark(model: ZeroShotResult, baseline: ZeroShotResult | None) -> list[str]:
+    """Say how far the difference to the baseline may be due to the choice of images."""
+    if baseline is None or model.right_first is None or baseline.right_first is None:
+        return []
+    if len(model.right_first) != len(baseline.right_first):
+        return []
+    low, high = difference_interval(model.right_first, baseline.right_first)
+    return [f"On other images of this kind, top 1 may differ by {100 * low:+.1f} to {100 * high:+.1f} points."]
 
 
 def eval_zero_shot(
@@ -77,32 +132,23 @@ def eval_zero_shot(
     templates: str = "openai-80",
     custom_templates: Sequence[str] = (),
     protocol: str = "whole set",
-    device: torch.device | str | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-    check_cancelled: Callable[[], None] = lambda: None,
-    cache: ImageCache | None = None,
-    features: EncodingCache | None = None,
+    **runtime: Unpack[Runtime],
 ) -> ZeroShotResult:
-    """Zero-shot accuracy over a labelled data set; raises `UserError` for one without at least two classes. With the
-    protocol "published" also the figure that was published for fine-tunes, which is another thing."""
+    """Measure zero-shot accuracy on a labelled dataset; raises `UserError` for fewer than two classes.
+
+    With the protocol "published" also the figure that was published for fine-tunes, which is not an accuracy.
+    """
     require_classes(with_classes(dataset)[0])  # before a network is built for nothing
-    encoder = Encoder.of(
-        full_clip,
-        device=device,
-        on_progress=on_progress,
-        check_cancelled=check_cancelled,
-        cache=cache,
-        features=features,
-    )
+    encoder = Encoder.of(full_clip, **runtime)
     return zero_shot_of(encoder, dataset, templates=templates, custom_templates=custom_templates, protocol=protocol)
 
 
 def require_classes(dataset: ClipDataset) -> None:
     require_images(dataset)
     if len(dataset.class_names) < 2:
-        found = "no classes" if not dataset.class_names else "a single class"
+        number = "a single class" if dataset.class_names else "no classes"
         raise UserError(
-            f"{dataset.name} has {found}; for zero-shot accuracy give a folder with a subfolder of pictures for each "
+            f"{dataset.name} has {number}; for zero-shot accuracy give a folder with a subfolder of images for each "
             "class."
         )
 
@@ -114,31 +160,31 @@ def zero_shot_of(
     templates: str = "openai-80",
     custom_templates: Sequence[str] = (),
     protocol: str = "whole set",
-    pictures: EncodedImages | None = None,
+    images: EncodedImages | None = None,
 ) -> ZeroShotResult:
-    """Zero-shot accuracy with a network that is already there, and its pictures if they were encoded before.
+    """Measure with a network that is already built, and its images if they are already encoded.
 
-    A picture with several classes is right with any of them. A picture is right at k if fewer than k wrong classes
-    have at least the score of its best right one.
+    An image with several classes is right with any of them. It is right at k if fewer than k wrong classes have at
+    least the score of its best right one.
     """
     if protocol not in PROTOCOLS:
-        raise UserError(f"The protocol {protocol!r} is not known; choose {' or '.join(PROTOCOLS)}.")
+        raise UserError(f"protocol is {protocol!r}; choose {' or '.join(PROTOCOLS)}.")
     dataset, notes = with_classes(dataset)
     require_classes(dataset)
     sentences = sentences_of(templates, custom_templates)
-    pictures = pictures or encode_images(encoder, dataset)
+    encoded = images or encode_images(encoder, dataset)
     classifier = class_features(encoder, dataset.class_names, sentences)
-    right = right_classes(dataset, pictures.samples)
+    right = right_classes(dataset, encoded.samples)
     require_labelled(right, dataset)
     labelled = right.any(1)
-    right, features = right[labelled], pictures.features[labelled]
+    right, features = right[labelled], encoded.features[labelled]
     ranks, taken_for = _answers(features, classifier, right)
-    names, top1 = _told_apart(dataset.class_names), (ranks <= 1).double()
+    names, top1 = _distinct(dataset.class_names), (ranks <= 1).double()
     members = {name: right[:, number] for number, name in enumerate(names) if right[:, number].any()}
     per_class = {name: top1[rows].mean().item() for name, rows in members.items()}
     in_batch = None
     if protocol == "published":
-        samples = [samples for samples, known in zip(pictures.samples, labelled.tolist(), strict=True) if known]
+        samples = [samples for samples, known in zip(encoded.samples, labelled.tolist(), strict=True) if known]
         in_batch = _in_batch(encoder, dataset, features, samples)
     return ZeroShotResult(
         images=len(right),
@@ -147,7 +193,7 @@ def zero_shot_of(
         mean_per_class=sum(per_class.values()) / len(per_class),
         per_class=per_class,
         classes=len(dataset.class_names),
-        notes=(*notes, *pictures.notes),
+        notes=(*notes, *encoded.notes),
         per_class_images={name: int(rows.sum()) for name, rows in members.items()},
         top1_interval=bootstrap_interval(top1),
         confused=_confused(names, right, ranks, taken_for),
@@ -156,23 +202,26 @@ def zero_shot_of(
     )
 
 
+def labels_of(dataset: ClipDataset, samples: Sequence[int]) -> list[int]:
+    """Return the distinct classes of an image's copies, in ascending order."""
+    return sorted({label for index in samples if (label := dataset.labels[index]) is not None})
+
+
 def right_classes(dataset: ClipDataset, samples: Sequence[Sequence[int]]) -> Tensor:
-    """bool [n, classes]: the classes of any of a picture's copies."""
+    """Return bool [n, classes]: the classes of any of an image's copies."""
     right = torch.zeros(len(samples), len(dataset.class_names), dtype=torch.bool)
     for row, copies in enumerate(samples):
-        for index in copies:
-            if dataset.labels[index] is not None:
-                right[row, dataset.labels[index]] = True
+        right[row, labels_of(dataset, copies)] = True
     return right
 
 
 def require_labelled(right_nc: Tensor, dataset: ClipDataset) -> None:
     if not right_nc.any():
-        raise UserError(f"None of the pictures of {dataset.name} that can be opened has a class.")
+        raise UserError(f"None of the images of {dataset.name} that can be opened has a class.")
 
 
 def _answers(features_nd: Tensor, classifier_cd: Tensor, right_nc: Tensor) -> tuple[Tensor, Tensor]:
-    """int64 [n]: the rank of each picture's best right class, and the wrong class of the highest score."""
+    """Return int64 [n]: the rank of each image's best right class, and the wrong class with the highest score."""
     ranks, wrong = [], []
     for start in range(0, len(features_nd), ROWS):
         scores = features_nd[start : start + ROWS].double() @ classifier_cd.double().T
@@ -182,14 +231,14 @@ def _answers(features_nd: Tensor, classifier_cd: Tensor, right_nc: Tensor) -> tu
     return torch.cat(ranks), torch.cat(wrong)
 
 
-def _told_apart(names: Sequence[str]) -> list[str]:
-    """Names of which none comes twice."""
-    counts, seen = collections.Counter(names), collections.Counter()
-    found = []
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Number the names that belong to several classes."""
+    counts, seen = collections.Counter(names), collections.Counter[str]()
+    distinct = []
     for name in names:
         seen[name] += 1
-        found.append(name if counts[name] == 1 else f"{name} ({seen[name]})")
-    return found
+        distinct.append(name if counts[name] == 1 else f"{name} ({seen[name]})")
+    return distinct
 
 
 def _confused(
@@ -198,62 +247,53 @@ def _confused(
     wrong = ranks_n > 1
     pairs = zip(right_nc[wrong].int().argmax(1).tolist(), taken_for_n[wrong].tolist(), strict=True)
     ordered = sorted(collections.Counter(pairs).items(), key=lambda item: (-item[1], item[0]))
-    return tuple((names[one], names[other], count) for (one, other), count in ordered)
+    return tuple((names[shown], names[answer], count) for (shown, answer), count in ordered)
 
 
 def _in_batch(encoder: Encoder, dataset: ClipDataset, features: Tensor, samples: Sequence[Sequence[int]]) -> float:
-    """`in_batch_share` of a data set's pictures, in the order of their names, and of their bare class names."""
-    labels = [
-        next(dataset.labels[index] for index in copies if dataset.labels[index] is not None) for copies in samples
-    ]
+    """Return `in_batch_share` for a dataset, its images sorted by name and its class names without a sentence."""
+    labels = [next(label for index in copies if (label := dataset.labels[index]) is not None) for copies in samples]
     names = [min(dataset.names[index] for index in copies) for copies in samples]
     order = sorted(range(len(names)), key=names.__getitem__)
-    texts = encoder.raw_texts(dataset.class_names)
+    texts = encoder.encode_texts_uncached(dataset.class_names, unit=False)
     return in_batch_share(features[order], texts, [labels[row] for row in order])
 
 
 def in_batch_share(features_nd: Tensor, texts_cd: Tensor, labels_n: Sequence[int], *, seed: int = 0) -> float:
-    """The figure that was published for GmP fine-tunes as their accuracy (github.com/zer0int/CLIP-fine-tune, its
-    evaluation on ObjectNet/MVT): the pictures are shuffled into batches of 48, and each is asked only which of the 48
-    labels in its batch is its own, by products with text features of whatever length they have. Chance is 1 in 48 or
-    better, a label that the batch does not hold can not be mistaken, and long texts win: it is no zero-shot accuracy,
-    and only compares with figures of the same kind.
+    """Return the figure that was published as the accuracy of GmP fine-tunes. It is not a zero-shot accuracy.
 
-    The mean of ten shuffles; there each row of the table was a picture, here each picture is there once.
+    From github.com/zer0int/CLIP-fine-tune, its evaluation on ObjectNet/MVT: images are shuffled into batches of 48,
+    and each one only has to find its label among the 48 of its batch, by products with text features that are not
+    normalised. Chance is at least 1 in 48, a class outside the batch cannot be mistaken for, and long text features
+    win. It compares with figures of the same kind only. Here it is the mean of ten shuffles, each image counted once
+    (there, once per row of a table).
     """
-    chance, count, right = random.Random(seed), len(labels_n), 0
+    rng, count, right = random.Random(seed), len(labels_n), 0
     labels, texts = torch.tensor(labels_n), texts_cd.double()
     for _ in range(_SHUFFLES):
-        order = torch.tensor(chance.sample(range(count), count))
-        for rows in order.split(_LABELS):
+        order = torch.tensor(rng.sample(range(count), count))
+        for rows in order.split(_PUBLISHED_BATCH):
             scores = features_nd[rows].double() @ texts[labels[rows]].T
             right += int((labels[rows][scores.argmax(1)] == labels[rows]).sum())
     return right / (_SHUFFLES * count)
 
 
 def ranks_of(scores_nc: Tensor, right_nc: Tensor) -> Tensor:
-    """1 + the number of wrong classes with at least the score of the best right one: a tie is not a win."""
-    scores = scores_nc.mul(1e9).round()  # equal sentences are equal in whatever order they were summed
+    """Return 1 + the number of wrong classes with at least the score of the best right one: a tie is not a win."""
+    scores = scores_nc.mul(1e9).round()  # equal sentences get equal scores, whatever the order of summation
     best = scores.masked_fill(~right_nc, -torch.inf).amax(1, keepdim=True)
     return 1 + ((scores >= best) & ~right_nc).sum(1)
 
 
-def sentences_of(templates: str, custom_templates: Sequence[str] = ()) -> list[Callable[[str], str]]:
-    """Functions from a class name to a sentence: OpenAI's 80, open_clip's short set, the bare name, or one's own."""
+def sentences_of(templates: str, custom_templates: Sequence[str] = ()) -> list[Sentence]:
+    """Return functions from a class name to a sentence: OpenAI's 80, open_clip's short set, the bare name, or custom
+    lines with {} where the name goes."""
     if templates not in TEMPLATES:
-        raise UserError(f"The templates {templates!r} are not known; choose {' or '.join(TEMPLATES)}.")
+        raise UserError(f"templates is {templates!r}; choose {' or '.join(TEMPLATES)}.")
     if templates == "none":
-        return [lambda name: name]
+        return [str]
     if templates == "custom":
-        lines = [line.strip() for line in custom_templates if line.strip()]
-        without = [line for line in lines if "{}" not in line]
-        if without or not lines:
-            which = f"{without[0]!r} has none" if without else "there is none"
-            raise UserError(
-                f"A custom template is a line with {{}} where the class name goes, and {which}; write for example "
-                '"a photo of a {}."'
-            )
-        return [lambda name, line=line: line.replace("{}", name) for line in lines]
+        return _custom_sentences(custom_templates)
     import open_clip
 
     return list(
@@ -261,19 +301,33 @@ def sentences_of(templates: str, custom_templates: Sequence[str] = ()) -> list[C
     )
 
 
-def class_features(encoder: Encoder, class_names: Sequence[str], sentences: Sequence[Callable[[str], str]]) -> Tensor:
-    """float32 [classes, d]: the normalised mean of a class's normalised sentence features, as open_clip builds it."""
+def _custom_sentences(custom_templates: Sequence[str]) -> list[Sentence]:
+    lines = [line.strip() for line in custom_templates if line.strip()]
+    invalid = [line for line in lines if "{}" not in line]
+    if invalid or not lines:
+        problem = f"{invalid[0]!r} has none" if invalid else "there is none"
+        raise UserError(
+            f"A custom template is a line with {{}} where the class name goes, and {problem}; write for example "
+            '"a photo of a {}."'
+        )
+
+    def sentence_of(line: str) -> Sentence:
+        return lambda name: line.replace("{}", name)
+
+    return [sentence_of(line) for line in lines]
+
+
+def class_features(encoder: Encoder, class_names: Sequence[str], sentences: Sequence[Sentence]) -> Tensor:
+    """Return float32 [classes, d]: the normalised mean of a class's normalised sentence features, as in open_clip."""
     texts = {name: [sentence(name) for sentence in sentences] for name in class_names}
-    named = {
-        name: hashlib.sha256("\0".join(lines).encode("utf-8", "replace")).digest() for name, lines in texts.items()
-    }
-    found = {name: row for name in texts if (row := encoder.kept("class", named[name])) is not None}
-    fresh = [name for name in texts if name not in found]
-    together = max(1, _TOGETHER // len(sentences))
-    for start in range(0, len(fresh), together):
-        names = fresh[start : start + together]
-        features = encoder.passing_texts([line for name in names for line in texts[name]])
+    keys = {name: hashlib.sha256("\0".join(lines).encode("utf-8", "replace")).digest() for name, lines in texts.items()}
+    rows = {name: row for name in texts if (row := encoder.features.get("class", keys[name])) is not None}
+    new = [name for name in texts if name not in rows]
+    at_once = max(1, _SENTENCES_AT_ONCE // len(sentences))
+    for start in range(0, len(new), at_once):
+        names = new[start : start + at_once]
+        features = encoder.encode_texts_uncached([line for name in names for line in texts[name]])
         for name, row in zip(names, features.view(len(names), len(sentences), -1), strict=True):
-            found[name] = F.normalize(row.mean(0), dim=0)
-            encoder.keep(found[name], "class", named[name])
-    return torch.stack([found[name] for name in class_names])
+            rows[name] = F.normalize(row.mean(0), dim=0)
+            encoder.features.put(rows[name], "class", keys[name])
+    return torch.stack([rows[name] for name in class_names])

@@ -1,12 +1,14 @@
-"""Rows of words as an aligned table in plain text, and how long something takes."""
+"""Rows of words as an aligned table in plain text, and numbers in words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+Rows = list[dict[str, str]]  # a row: its cells by their headings
+
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """A line of headings, a rule, and a line for each row; the headings are the keys in the order they first come.
+    """Return a line of headings, a rule, and a line for each row; headings in the order in which they first come.
 
     The first column is aligned left and the others right.
     """
@@ -16,16 +18,20 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
 
     def line(words: Sequence[str]) -> str:
         aligned = [
-            word.rjust(width) if n else word.ljust(width)
-            for n, (word, width) in enumerate(zip(words, widths, strict=True))
+            word.rjust(width) if column else word.ljust(width)
+            for column, (word, width) in enumerate(zip(words, widths, strict=True))
         ]
         return "  ".join(aligned).rstrip()
 
     return "\n".join([line(headings), "  ".join("-" * width for width in widths), *(line(row) for row in cells[1:])])
 
 
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
 def time_words(seconds: float | None) -> str:
-    """A duration as a reader says it: 40 s, 12 min, 3 h 20 min."""
+    """Return a duration in words: 40 s, 12 min, 3 h 20 min."""
     if seconds is None:
         return "?"
     if seconds < 90:

@@ -154,35 +154,14 @@ class LossInfo:
     paper: str = ""
 
 
-LOSSES: dict[str, LossInfo] = {
-    loss.name: loss
-    for loss in (
-        LossInfo("infonce", lambda temperature, smoothing: InfoNCE(), "CLIP's own loss", "arXiv:2103.00020"),
-        LossInfo(
-            "siglip",
-            lambda temperature, smoothing: SigLIP(),
-            "a yes or no for every combination of image and caption",
-            "arXiv:2303.15343",
-        ),
-        LossInfo(
-            "fixed_temperature",
-            FixedTemperature,
-            "the recipe of popular text encoders: fixed temperature and label smoothing",
-            "arXiv:1512.00567",
-        ),
-        LossInfo(
-            "entropy_penalty",
-            EntropyPenalty,
-            "like fixed_temperature, and overconfident predictions cost extra",
-            "arXiv:1701.06548",
-        ),
-        LossInfo(
-            "second_order",
-            lambda temperature, smoothing: SecondOrder(temperature),
-            "the loss of the published GmP scripts, for reproducing them",
-        ),
-    )
-}
+_RECORDS = (
+    LossInfo("infonce", lambda *_: InfoNCE(), "CLIP's own loss", "arXiv:2103.00020"),
+    LossInfo("siglip", lambda *_: SigLIP(), "a yes or no for every image-caption combination", "arXiv:2303.15343"),
+    LossInfo("fixed_temperature", FixedTemperature, "the recipe of popular text encoders", "arXiv:1512.00567"),
+    LossInfo("entropy_penalty", EntropyPenalty, "the same, and overconfidence costs extra", "arXiv:1701.06548"),
+    LossInfo("second_order", lambda temperature, _: SecondOrder(temperature), "that of the published GmP scripts"),
+)
+LOSSES: dict[str, LossInfo] = {loss.name: loss for loss in _RECORDS}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..clip.architecture import Architecture
 from ..errors import UserError
-from .optim.parameter_info import layers_of
 
 _ENTRY = re.compile(r"(\d+)\s*:\s*(\d+)\s*=\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)")
 EXAMPLE = "23:281=100, 20:168=100, 20:1297=100, 22:2432=1000"
@@ -25,12 +24,12 @@ def parse_neurons(text: str, architecture: Architecture) -> dict[int, dict[int, 
     have."""
     if not text.strip():
         return {}
-    blocks, width = layers_of("vision", architecture), architecture.vision_mlp_width
-    if width is None:
+    if architecture.resnet:
         raise UserError(
             "scale_neurons scales units of a vision tower's MLPs, and this model's vision tower, a ResNet, has none; "
             "leave it empty."
         )
+    _, blocks, width = architecture.vit
     neurons: dict[int, dict[int, float]] = {}
     for entry in filter(None, (entry.strip() for entry in text.split(","))):
         match = _ENTRY.fullmatch(entry)

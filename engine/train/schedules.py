@@ -68,12 +68,10 @@ class ScheduleInfo:
     help: str
 
 
-SCHEDULES: dict[str, ScheduleInfo] = {
-    schedule.name: schedule
-    for schedule in (
-        ScheduleInfo("one_cycle", one_cycle, "half a cosine up, half a cosine down"),
-        ScheduleInfo("cosine", cosine, "a linear warm-up, then half a cosine down"),
-        ScheduleInfo("linear", linear, "a linear warm-up, then a straight line down"),
-        ScheduleInfo("constant", constant, "a linear warm-up, then the peak until the end"),
-    )
-}
+_RECORDS = (
+    ScheduleInfo("one_cycle", one_cycle, "half a cosine up, half a cosine down"),
+    ScheduleInfo("cosine", cosine, "a linear warm-up, then half a cosine down"),
+    ScheduleInfo("linear", linear, "a linear warm-up, then a straight line down"),
+    ScheduleInfo("constant", constant, "a linear warm-up, then the peak until the end"),
+)
+SCHEDULES: dict[str, ScheduleInfo] = {schedule.name: schedule for schedule in _RECORDS}

@@ -24,7 +24,7 @@ from ..data.loader import Batch, LoaderOptions, TrainLoader
 from ..data.sampler import Sampler, with_template
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
-from ..evaluate.encoder import BrokenModel, EncodedImages, Encoder, encode_images, with_trained_transform
+from ..evaluate.encoder import BrokenModel, EncodedImages, Encoder, Host, encode_images, with_trained_transform
 from ..evaluate.retrieval import retrieval_of
 from ..files import remove_parts, replacing
 from ..report.charts import loss_chart
@@ -299,15 +299,13 @@ class Training:
             self.work.network,
             self.transform.deterministic,
             self.tokenizer,
-            self.device,
-            cache=self.cache,
-            check_cancelled=self.check_cancelled,
+            host=Host(check_cancelled=self.check_cancelled, cache=self.cache),
         )
         try:
             pictures = self.validation_images or encode_images(encoder, self.validation)
             if self.config.towers == "text":
                 self.validation_images = pictures
-            measured = retrieval_of(encoder, self.validation, pictures=pictures)
+            measured = retrieval_of(encoder, self.validation, images=pictures)
         except BrokenModel as error:
             raise UserError(f"The validation at step {self.step} failed: {error} Try a lower learning_rate.") from error
         finally:
@@ -317,8 +315,8 @@ class Training:
             "kind": "validation",
             "step": self.step,
             "loss": measured.loss,
-            "image_to_text_r1": measured.image_to_text["r1"],
-            "text_to_image_r1": measured.text_to_image["r1"],
+            "image_to_text_r1": measured.image_to_text.r1,
+            "text_to_image_r1": measured.text_to_image.r1,
         }
         if self.best is None or measured.loss < self.best["loss"]:
             best = {"step": self.step, "loss": measured.loss}

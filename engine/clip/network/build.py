@@ -57,7 +57,22 @@ def skeleton(architecture: Architecture, device: str) -> ClipNetwork:
 
     from .forward import ClipNetwork
 
-    a = architecture
+    vision, text = open_clip_configs(architecture)
+    quick_gelu = architecture.activation == "quick_gelu"
+    with torch.device(device):
+        network = ClipNetwork(architecture.embed_dim, vision, text, quick_gelu=quick_gelu)
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            _replace(network, name, StoredNorm(module))
+        elif isinstance(module, open_clip.transformer.QuickGELU):
+            _replace(network, name, QuickGELU())
+    return network
+
+
+def open_clip_configs(a: Architecture) -> tuple[Any, Any]:
+    """Return open_clip's configs of the vision and of the text tower."""
+    import open_clip
+
     sizes: dict[str, Any] = {"layers": a.vision_layers, "width": a.vision_width, "image_size": a.image_size}
     if a.resnet:
         sizes["head_width"] = feature_width(a.vision_width) // a.vision_heads
@@ -73,16 +88,7 @@ def skeleton(architecture: Architecture, device: str) -> ClipNetwork:
         layers=a.text_layers,
         mlp_ratio=_ratio(a.text_mlp_width, a.text_width),
     )
-    with torch.device(device):
-        network = ClipNetwork(
-            a.embed_dim, open_clip.CLIPVisionCfg(**sizes), text, quick_gelu=a.activation == "quick_gelu"
-        )
-    for name, module in list(network.named_modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            _replace(network, name, StoredNorm(module))
-        elif isinstance(module, open_clip.transformer.QuickGELU):
-            _replace(network, name, QuickGELU())
-    return network
+    return open_clip.CLIPVisionCfg(**sizes), text
 
 
 def _replace(network: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Pictures with words written over them by others: SCAM's layout and RTA-100's."""
+"""Images with words written on them by others: the layouts of SCAM and RTA-100."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ...data.readers.parsed import Captions
 from ...errors import UserError, one_line, shown
 
 CLEAN, HAND_WRITTEN, SYNTHETIC, DRAWN = "clean", "hand-written", "synthetic", "drawn"
-# Of a table, in any case; the first that is there counts.
-_PICTURE = ("file_name", "filename", "image", "image_path", "path", "file")
+# Columns of a table, in any case; the first that is there counts.
+_IMAGE = ("file_name", "filename", "image", "image_path", "path", "file")
 _WORD = ("attack_word", "attack", "attack_text", "written_word")
 _OBJECT = ("object_label", "object", "label", "class", "class_name", "category")
 _KIND = ("type", "kind", "attack_type")
@@ -28,30 +28,36 @@ _KINDS = {
 }
 _RTA_NAME = re.compile(r"label=(.+)_text=(.+)\.\w+")
 _TABLES = (".csv", ".tsv", ".jsonl")
-_MOST_BYTES = 2**28
-_FIRST_LINES = 20  # of a JSONL, in which the first object is looked for
+_MAX_BYTES = 2**28
+_FIRST_LINES = 20  # of a JSONL file, in which the first object is looked for
 
 
 @dataclasses.dataclass(frozen=True)
 class WrittenOn:
-    """What a picture shows, the word that is written on it (or on its attacked copies), and CLEAN, HAND_WRITTEN or
-    SYNTHETIC."""
+    """What an image shows, the word written on it (or on its attacked copies), and CLEAN, HAND_WRITTEN or SYNTHETIC."""
 
     shows: str
     word: str
     kind: str
 
+    @property
+    def is_attack(self) -> bool:
+        return self.kind != CLEAN and bool(self.word)
+
 
 def attacks_in(dataset: ClipDataset) -> dict[int, WrittenOn]:
-    """What is known of a data set's samples from a table in its folder (CSV, TSV or JSONL with the columns attack_word,
-    object_label and type, as SCAM has them), or from names such as `label=cup_text=dog.jpg`; {} if nothing is."""
+    """Return what is known of a dataset's samples, by index; {} if nothing is.
+
+    It comes from a table in the dataset's folder (CSV, TSV or JSONL with SCAM's columns attack_word, object_label and
+    type) or from names such as `label=cup_text=dog.jpg`.
+    """
     folders = dict.fromkeys([str(dataset.folder), *(dataset.origins or ())])
-    found: dict[str, WrittenOn] = {}
+    listed: dict[str, WrittenOn] = {}
     for folder in folders:
-        found |= _in_tables(Path(folder))
+        listed |= _in_tables(Path(folder))
     known = {}
     for index in range(len(dataset)):
-        written = found.get(str(dataset.path(index))) if found else None
+        written = listed.get(str(dataset.path(index))) if listed else None
         written = written or _from_name(dataset.names[index])
         if written is not None:
             known[index] = written
@@ -59,49 +65,49 @@ def attacks_in(dataset: ClipDataset) -> dict[int, WrittenOn]:
 
 
 def load_attacks(folder: str | os.PathLike) -> ClipDataset | None:
-    """A folder of attacked pictures as a data set whose classes are what the pictures show; None if it is none."""
+    """Open a folder of attacked images as a dataset whose classes are what they show; None if it is not one."""
     top = Path(os.path.abspath(folder))
     if not top.is_dir():
         return None
-    tables = _in_tables(top)
-    named = [path for path in sorted(map(str, top.glob("*"))) if _from_name(path)] if not tables else []
-    paths = list(tables) or named
-    if not paths:
+    written = _in_tables(top)
+    if not written:
+        paths = sorted(map(str, top.glob("*")))
+        written = {path: named for path in paths if (named := _from_name(path)) is not None}
+    if not written:
         return None
-    objects = [(tables.get(path) or _from_name(path)).shows for path in paths]
-    classes = tuple(sorted(set(objects)))
-    numbers = {name: number for number, name in enumerate(classes)}
+    class_names = tuple(sorted({about.shows for about in written.values()}))
+    numbers = {name: number for number, name in enumerate(class_names)}
     return ClipDataset(
         name=top.name,
         folder=top,
         format="attacks",
-        reason="words are written on its pictures",
-        names=[os.path.relpath(path, top).replace(os.sep, "/") for path in paths],
-        captions=Captions([""] * len(paths)),
-        labels=[numbers[name] for name in objects],
-        class_names=classes,
+        reason="its images have words written on them",
+        names=[os.path.relpath(path, top).replace(os.sep, "/") for path in written],
+        captions=Captions([""] * len(written)),
+        labels=[numbers[about.shows] for about in written.values()],
+        class_names=class_names,
     )
 
 
 def _in_tables(folder: Path) -> dict[str, WrittenOn]:
-    """By the picture's path, of all tables in a folder that say which word is written on which picture."""
-    found: dict[str, WrittenOn] = {}
+    """Read all tables in a folder that say which word is written on which image, by the image's path."""
+    written: dict[str, WrittenOn] = {}
     files = (file for file in folder.glob("*") if file.suffix.lower() in _TABLES and os.path.isfile(file))
     for file in sorted(files):
         for row in _rows(file):
-            lower = {str(key).strip().lower(): value for key, value in row.items()}
-            picture, shows = _value(lower, _PICTURE), _value(lower, _OBJECT)
-            if picture and shows:
-                path = os.path.normpath(os.path.join(folder, picture.replace("\\", "/")))
-                if path.startswith(os.path.join(str(folder), "")):
-                    found[path] = WrittenOn(_plain(shows), _plain(_value(lower, _WORD)), _kind(lower, file))
-    return found
+            columns = {str(key).strip().lower(): value for key, value in row.items()}
+            image, shows = _value(columns, _IMAGE), _value(columns, _OBJECT)
+            if image and shows:
+                path = os.path.normpath(os.path.join(folder, image.replace("\\", "/")))
+                if path.startswith(os.path.join(str(folder), "")):  # a table names no file outside its folder
+                    written[path] = WrittenOn(_plain(shows), _plain(_value(columns, _WORD)), _kind(columns, file))
+    return written
 
 
 def _rows(file: Path) -> Iterator[Mapping[str, object]]:
-    """Of a table that has a column with the words that are written; none of any other."""
+    """Yield the rows of a table of written words; nothing for any other file."""
     try:
-        if file.stat().st_size > _MOST_BYTES:
+        if file.stat().st_size > _MAX_BYTES:
             return
         with open(file, encoding="utf-8-sig", errors="replace", newline="") as stream:
             if file.suffix.lower() == ".jsonl":
@@ -118,32 +124,40 @@ def _rows(file: Path) -> Iterator[Mapping[str, object]]:
 
 
 def _json_rows(stream: Iterable[str], file: Path) -> Iterator[Mapping[str, object]]:
-    """The first object says whether it is such a table: only then is a line that is none an error."""
+    """Yield the objects of a JSONL table.
+
+    Its first object shows whether the file is such a table; only then is a damaged line an error.
+    """
     is_table, damage = False, ""
     filled = ((number, line) for number, line in enumerate(stream, 1) if line.strip())
-    for place, (number, line) in enumerate(filled, 1):
-        try:
-            row = json.loads(line)
-            said = "" if isinstance(row, Mapping) else "no object such as {…}"
-        except (ValueError, RecursionError) as error:
-            said = f"not JSON ({one_line(error)})"
-        if said:
-            damage = damage or f"line {number} is {said}"
+    for count, (number, line) in enumerate(filled, 1):
+        row, problem = _json_object(line)
+        if problem:
+            damage = damage or f"line {number} is {problem}"
         elif not is_table:
             if not _has_words(row):
                 return
             is_table = True
         if is_table and damage:
-            raise UserError(f"{file} is damaged: {damage}; mend that line or remove it.")
+            raise UserError(f"{file} is damaged: {damage}; fix that line or remove it.")
         if is_table:
             yield row
-        elif place == _FIRST_LINES:
+        elif count == _FIRST_LINES:
             return
 
 
-def _has_words(columns) -> bool:
+def _json_object(line: str) -> tuple[Mapping[str, object], str]:
+    """Return the object in a line, or what is wrong with it."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return {}, f"not JSON ({one_line(error)})"
+    return (row, "") if isinstance(row, Mapping) else ({}, "not an object such as {…}")
+
+
+def _has_words(columns: Iterable[object]) -> bool:
     names = {str(name).strip().lower() for name in columns}
-    return not names.isdisjoint(_WORD) and not names.isdisjoint(_PICTURE) and not names.isdisjoint(_OBJECT)
+    return not any(names.isdisjoint(accepted) for accepted in (_WORD, _IMAGE, _OBJECT))
 
 
 def _value(row: Mapping[str, object], names: tuple[str, ...]) -> str:
@@ -156,18 +170,18 @@ def _plain(name: str) -> str:
 
 
 def _kind(row: Mapping[str, object], file: Path) -> str:
-    said = _value(row, _KIND).lower()
-    if not said:
+    value = _value(row, _KIND).lower()
+    if not value:
         return HAND_WRITTEN if _value(row, _WORD) else CLEAN
-    found = next((kind for kind, words in _KINDS.items() if said in words), None)
-    if found is None:
-        raise UserError(
-            f"{file} says that a picture is of the type {shown(said)}; write clean, hand-written or synthetic, or as "
-            "SCAM does NoSCAM, SCAM and SynthSCAM."
-        )
-    return found
+    for kind, words in _KINDS.items():
+        if value in words:
+            return kind
+    raise UserError(
+        f"{file} has an image of the type {shown(value)}; write clean, hand-written or synthetic, or as SCAM does "
+        "NoSCAM, SCAM and SynthSCAM."
+    )
 
 
 def _from_name(name: str) -> WrittenOn | None:
-    found = _RTA_NAME.fullmatch(os.path.basename(name.replace("\\", "/")))
-    return WrittenOn(_plain(found[1]), _plain(found[2]), HAND_WRITTEN) if found else None
+    match = _RTA_NAME.fullmatch(os.path.basename(name.replace("\\", "/")))
+    return WrittenOn(_plain(match[1]), _plain(match[2]), HAND_WRITTEN) if match else None

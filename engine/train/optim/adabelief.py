@@ -117,15 +117,8 @@ class _Guard:
     def __init__(self, found_inf: Tensor | None) -> None:
         self.skip = None if found_inf is None else found_inf.reshape(()) != 0
 
-    def multiplier(self, value: float) -> float | Tensor:
-        """Return `value`, or 1 if the step is skipped."""
-        return self._unless_skipped(value, neutral=1.0)
-
-    def term(self, value: float) -> float | Tensor:
-        """Return `value`, or 0 if the step is skipped."""
-        return self._unless_skipped(value, neutral=0.0)
-
-    def _unless_skipped(self, value: float, neutral: float) -> float | Tensor:
+    def __call__(self, value: float, neutral: float) -> float | Tensor:
+        """Return `value`, or `neutral` if the step is skipped."""
         if self.skip is None:
             return value
         # In float64, as Python's own numbers are, so that a scalar rounds the same way. MPS has no float64.
@@ -175,15 +168,15 @@ def _update(chunk: Chunk, numbers: StepNumbers, guard: _Guard) -> None:
         for gradient in gradients:
             gradient.masked_fill_(skip, 0.0)  # it may be NaN, and 0 * NaN is NaN
     if numbers.decay != 1.0:
-        torch._foreach_mul_(weights, guard.multiplier(numbers.decay))
-    torch._foreach_mul_(averages, guard.multiplier(numbers.beta1))
+        torch._foreach_mul_(weights, guard(numbers.decay, 1.0))
+    torch._foreach_mul_(averages, guard(numbers.beta1, 1.0))
     torch._foreach_add_(averages, gradients, alpha=numbers.beta1_rest)
     surprises = torch._foreach_sub(gradients, averages)
     if skip is not None:
-        torch._foreach_mul_(surprises, guard.term(1.0))
-    torch._foreach_mul_(variances, guard.multiplier(numbers.beta2))
+        torch._foreach_mul_(surprises, guard(1.0, 0.0))
+    torch._foreach_mul_(variances, guard(numbers.beta2, 1.0))
     torch._foreach_addcmul_(variances, surprises, surprises, value=numbers.beta2_rest)
-    eps = guard.term(numbers.eps)
+    eps = guard(numbers.eps, 0.0)
     if isinstance(eps, Tensor):
         torch._foreach_add_(variances, eps, alpha=1)  # without alpha the host would read the value
     else:
@@ -192,10 +185,10 @@ def _update(chunk: Chunk, numbers: StepNumbers, guard: _Guard) -> None:
         roots = torch._foreach_sqrt(variances)
         torch._foreach_add_(roots, numbers.eps)
         if skip is not None:
-            torch._foreach_div_(roots, guard.term(1.0))  # infinite for a skipped step, so that the weights move by 0
+            torch._foreach_div_(roots, guard(1.0, 0.0))  # infinite for a skipped step, so that the weights move by 0
         torch._foreach_addcdiv_(weights, averages, roots, value=numbers.move)
     else:
-        moves = averages if skip is None else torch._foreach_mul(averages, guard.term(1.0))
+        moves = averages if skip is None else torch._foreach_mul(averages, guard(1.0, 0.0))
         torch._foreach_add_(weights, moves, alpha=numbers.move)
 
 

@@ -35,22 +35,10 @@ class OptimizerInfo:
     help: str
 
 
-def _adabelief(
-    groups: Groups, learning_rate: float, betas: tuple[float, float], on_note: OnNote
-) -> torch.optim.Optimizer:
+def _adabelief(groups: Groups, lr: float, betas: tuple[float, float], on_note: OnNote) -> torch.optim.Optimizer:
     from .adabelief import ChunkedAdaBelief  # slow to import
 
-    return ChunkedAdaBelief(groups, lr=learning_rate, betas=betas, on_note=on_note)
-
-
-def _adamw(groups: Groups, learning_rate: float, betas: tuple[float, float], on_note: OnNote) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
-
-
-def _adafactor(
-    groups: Groups, learning_rate: float, betas: tuple[float, float], on_note: OnNote
-) -> torch.optim.Optimizer:
-    return _Adafactor(groups, lr=learning_rate)
+    return ChunkedAdaBelief(groups, lr=lr, betas=betas, on_note=on_note)
 
 
 class _Adafactor(torch.optim.Adafactor):
@@ -77,20 +65,23 @@ def _rows_and_columns(parameter: Tensor) -> int:
     return (rows + columns) * parameter.itemsize
 
 
-OPTIMIZERS: dict[str, OptimizerInfo] = {
-    optimizer.name: optimizer
-    for optimizer in (
-        OptimizerInfo("adabelief", _adabelief, _two_moments, "steps are larger where the gradient is as predicted"),
-        OptimizerInfo("adamw", _adamw, _two_moments, "torch's own, and the most widely used"),
-        OptimizerInfo(
-            "adafactor",
-            _adafactor,
-            _rows_and_columns,
-            "needs the least memory; its learning_rate is relative to the size of each weight, so set it about 50 "
-            "times higher than for the others",
-        ),
-    )
-}
+_RECORDS = (
+    OptimizerInfo("adabelief", _adabelief, _two_moments, "steps are larger where the gradient is as predicted"),
+    OptimizerInfo(
+        "adamw",
+        lambda groups, lr, betas, _: torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True),
+        _two_moments,
+        "torch's own, and the most widely used",
+    ),
+    OptimizerInfo(
+        "adafactor",
+        lambda groups, lr, *_: _Adafactor(groups, lr=lr),
+        _rows_and_columns,
+        "needs the least memory; its learning_rate is relative to the size of each weight, so set it about 50 times "
+        "higher than for the others",
+    ),
+)
+OPTIMIZERS: dict[str, OptimizerInfo] = {optimizer.name: optimizer for optimizer in _RECORDS}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

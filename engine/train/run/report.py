@@ -33,7 +33,7 @@ def write_report(training: Training) -> None:
             best_step=None if training.best is None else int(training.best["step"]),
             defaults={name: info.default for name, info in all_settings().items()},
             notes=training.notes,
-            pictures=sample_images(shown, _PICTURES, side=256),
+            images=sample_images(shown, _PICTURES, side=256),
         )
         write_text(folder.report_file, page)
     except (UserError, OSError, MemoryError, LookupError, TypeError, ValueError) as error:

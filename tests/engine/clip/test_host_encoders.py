@@ -86,7 +86,7 @@ from types import SimpleNamespace
 import comfy.sd, comfy.lora, comfy.sd1_clip, comfy.sdxl_clip, comfy.utils
 from comfy.text_encoders import flux, hunyuan_video, sd3_clip
 from clip_finetune.engine.errors import UserError
-from clip_finetune.nodes import host
+from clip_finetune.nodes.host import clips as host
 encoder, lora, other, out = arguments
 half = torch.float16
 def made(model):

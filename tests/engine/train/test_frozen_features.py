@@ -162,13 +162,13 @@ def test_the_tensors_come_back_from_the_disk_with_their_bits(data, tmp_path):
 def test_the_pictures_of_the_validation_are_encoded_once(data, tmp_path, monkeypatch):
     from clip_finetune.engine.evaluate import encoder as encoder_module
 
-    images, encoded = encoder_module.Encoder.images, []
+    images, encoded = encoder_module.Encoder.encode_batches, []
 
     def counted(self, batches, total):
         encoded.append(total)
         return images(self, batches, total)
 
-    monkeypatch.setattr(encoder_module.Encoder, "images", counted)
+    monkeypatch.setattr(encoder_module.Encoder, "encode_batches", counted)
     result = run(data, tmp_path / "text", validation=data)
     assert len(result.validations) == 4 and encoded == [20]
     assert len({line["loss"] for line in result.validations}) == 4

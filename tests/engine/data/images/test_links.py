@@ -18,7 +18,7 @@ LINKS = 4  # without a limit, each level has four times as many folders as the o
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="making a link needs a right there")
 
-# The host's modules, as far as nodes/host.py imports them.
+# ComfyUI's modules, as far as nodes/host/folders.py imports them.
 HOST = """
 import json, sys, types
 
@@ -33,7 +33,7 @@ stub("server", PromptServer=None)
 stub("folder_paths", get_folder_paths=lambda kind: [root + "/datasets"], get_input_directory=lambda: root + "/input",
      get_output_directory=lambda: root + "/output")
 stub("clip_finetune.nodes", __path__=[package + "/nodes"])
-from clip_finetune.nodes import host
+from clip_finetune.nodes.host import folders as host
 """
 
 

@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from comfyui_prompts import node, shown_image, succeed
 from image_folders import captioned, noise
-from PIL import Image
 
 pytestmark = pytest.mark.comfyui
 
@@ -14,32 +14,17 @@ def files(comfyui):
     captioned(comfyui.base / "datasets/photos", {f"{n:02}": noise(n, (300, 200)) for n in range(12)})
 
 
-def node(class_type, **inputs):
-    return {"class_type": class_type, "inputs": inputs}
-
-
-def succeed(comfyui, prompt, **options):
-    result = comfyui.queue(prompt, **options)
-    assert result["status"] == "success" and not result["node_errors"], result
-    return result
-
-
 def inspection(folder):
     return {
         "1": node("LoadCLIPDataset", folder=folder, validation_split=0.0),
-        "2": node("InspectCLIPDataset", dataset=["1", 0], pictures=5, seed=1),
+        "2": node("InspectCLIPDataset", dataset=["1", 0], images=5, seed=1),
         "3": node("PreviewAny", source=["2", 0]),
         "4": node("PreviewImage", images=["2", 1]),
         "5": node("PreviewImage", images=["2", 2]),
     }
 
 
-def shown(comfyui, result, number):
-    found = result["outputs"][number]["images"][0]
-    return Image.open(comfyui.base / found["type"] / found["subfolder"] / found["filename"])
-
-
-def test_a_data_set_is_reported_on_with_a_contact_sheet_and_charts(comfyui):
+def test_a_dataset_gets_a_report_a_contact_sheet_and_charts(comfyui):
     folder = captioned(comfyui.base / "datasets/damaged", {f"{n:02}": noise(n) for n in range(12)})
     (folder / "03.png").write_bytes(b"damaged")
     (folder / "04.png").write_bytes((folder / "05.png").read_bytes())
@@ -47,18 +32,20 @@ def test_a_data_set_is_reported_on_with_a_contact_sheet_and_charts(comfyui):
     report = result["outputs"]["3"]["text"][0]
     assert "12 images" in report and "1 image is broken" in report and "04.png = 05.png" in report
     assert "1 image is broken" in result["texts"]["2"]
-    sheet, chart = (shown(comfyui, result, number) for number in ("4", "5"))
+    sheet, chart = (shown_image(comfyui, result, number) for number in ("4", "5"))
     assert sheet.mode == chart.mode == "RGB" and sheet.width > 1000 and chart.size == (1024, 720)
-    assert shown(comfyui, result, "2").size == sheet.size
+    assert shown_image(comfyui, result, "2").size == sheet.size
 
 
-def test_it_can_be_queued_alone_with_a_loader_only(comfyui):
+def test_a_loader_and_the_inspection_are_enough_to_queue(comfyui):
     prompt = {"1": node("LoadCLIPDataset", folder="photos"), "2": node("InspectCLIPDataset", dataset=["1", 0])}
     text = succeed(comfyui, prompt)["texts"]["2"]
-    assert text.startswith("photos: ") and "not in this data set" not in text  # as the split's other part is
+    assert (
+        text.startswith("photos: ") and "not in this dataset" not in text
+    )  # which is said of the other side of the split
 
 
-def test_prepared_pictures_are_listed_and_loaded_and_the_old_ones_stay(comfyui):
+def test_prepared_images_are_listed_and_load_and_the_originals_stay(comfyui):
     source = comfyui.base / "datasets/photos"
     before = {file.name: file.read_bytes() for file in source.iterdir()}
     prompt = {
@@ -76,11 +63,11 @@ def test_prepared_pictures_are_listed_and_loaded_and_the_old_ones_stay(comfyui):
     assert "48 images" in report and "made from 12 originals" in report and "look alike" not in report
 
 
-def test_the_same_again_makes_nothing_new_and_other_settings_the_next_folder(comfyui):
+def test_the_same_settings_reuse_the_folder_and_others_make_the_next_one(comfyui):
     prompt = {"1": node("PrepareCLIPImages", folder="photos", jitter_copies=1, name="mine")}
     succeed(comfyui, prompt)
     comfyui.forget()
-    assert "was made of these pictures" in succeed(comfyui, prompt)["texts"]["1"]
+    assert "was made from these images" in succeed(comfyui, prompt)["texts"]["1"]
     prompt["1"]["inputs"]["seed"] = 1
     succeed(comfyui, prompt)
     assert (comfyui.base / "datasets/mine_2").is_dir() and not (comfyui.base / "datasets/mine_3").exists()
@@ -108,10 +95,7 @@ def test_cancel_leaves_nothing_behind(comfyui):
     assert not list((comfyui.base / "datasets").glob(".*.part"))
 
 
-def test_nothing_chosen_and_an_unknown_class_are_told(comfyui):
-    for inputs, words in (
-        ({}, "There is nothing to do"),
-        ({"crop": "objects", "only": "unicorn"}, "does not know 'unicorn'"),
-    ):
+def test_nothing_to_do_and_an_unknown_class_are_refused(comfyui):
+    for inputs, words in (({}, "nothing to do"), ({"crop": "objects", "only": "unicorn"}, "not know 'unicorn'")):
         result = comfyui.queue({"1": node("PrepareCLIPImages", folder="photos", **inputs)})
         assert result["status"] == "error" and words in result["error"], result

@@ -1,9 +1,10 @@
-"""Evaluate Typographic Attack, Rank Captions and the evaluations' shared features in a real ComfyUI."""
+"""Evaluate Typographic Attack and Rank Captions in a real ComfyUI."""
 
 import json
 
 import pytest
 from clips import random_clip
+from comfyui_prompts import node, shown_image, succeed
 from image_folders import class_folder, scam_folder
 from PIL import Image
 
@@ -21,21 +22,6 @@ def files(comfyui):
     Image.new("RGBA", (80, 50), (200, 30, 30, 255)).save(comfyui.base / "input/attacked_image.png")
 
 
-def node(class_type, **inputs):
-    return {"class_type": class_type, "inputs": inputs}
-
-
-def succeed(comfyui, prompt, **options):
-    result = comfyui.queue(prompt, **options)
-    assert result["status"] == "success" and not result["node_errors"], result
-    return result
-
-
-def shown(comfyui, result, number):
-    found = result["outputs"][number]["images"][0]
-    return Image.open(comfyui.base / found["type"] / found["subfolder"] / found["filename"])
-
-
 def attack(folder, **columns):
     return {
         "1": node("LoadFullCLIP", model="attack_20.safetensors"),
@@ -47,24 +33,26 @@ def attack(folder, **columns):
     }
 
 
-def test_words_are_drawn_and_measured_against_the_baseline(comfyui):
+def test_an_attack_with_drawn_words_is_compared_with_the_baseline(comfyui):
     result = succeed(comfyui, attack("attacked"))
-    heading, _, *rows = result["outputs"]["5"]["text"][0].splitlines()
+    accuracies, kinds = result["outputs"]["5"]["text"][0].split("\n\n")
+    assert [row.split("  ")[0] for row in accuracies.splitlines()[2:]] == ["clean", "under attack", "word wins"]
+    heading, _, *rows = kinds.splitlines()
     assert heading.split()[-2:] == ["baseline", "model"] and all(row.count("%") == 2 for row in rows)
     assert [row.split(":")[0] for row in rows] == ["clean (24)"] * 2 + ["drawn (24)"] * 3
     assert 0 <= float(result["outputs"]["6"]["text"][0]) <= 1
     assert "Accuracy under attack: " in result["texts"]["4"]
-    chart = shown(comfyui, result, "4")
+    chart = shown_image(comfyui, result, "4")
     assert chart.mode == "RGB" and chart.width == 892
 
 
-def test_the_words_on_scams_pictures_are_measured(comfyui):
+def test_photographed_attacks_of_scam_are_measured(comfyui):
     result = succeed(comfyui, attack("scam", caption_column="object_label"))
     table = result["outputs"]["5"]["text"][0]
     assert all(f"{kind} (6): object over its word" in table for kind in ("clean", "hand-written", "synthetic"))
 
 
-def test_an_attack_without_a_baseline_is_enough(comfyui):
+def test_the_baseline_is_optional(comfyui):
     prompt = attack("attacked")
     del prompt["2"], prompt["4"]["inputs"]["baseline"], prompt["4"]["inputs"]["seed"]
     assert "baseline" not in succeed(comfyui, prompt)["outputs"]["5"]["text"][0]
@@ -80,26 +68,16 @@ def ranking(texts, **more):
     }
 
 
-def test_texts_are_ranked_for_a_picture_by_both_models(comfyui):
+def test_both_models_rank_the_texts_of_an_image(comfyui):
     result = succeed(comfyui, ranking("a red square\na blue circle\n\na red square", baseline=["2", 0]))
     heading, _, *rows = result["outputs"]["5"]["text"][0].splitlines()
     assert "model share" in heading and "baseline cosine" in heading and len(rows) == 2
     assert {row.split("  ")[0] for row in rows} == {"a red square", "a blue circle"}
-    assert "Nearest: “a " in result["texts"]["4"] and "the baseline finds" in result["texts"]["4"]
-    assert shown(comfyui, result, "4").mode == "RGB"
+    assert "Nearest: “a " in result["texts"]["4"] and "the baseline says" in result["texts"]["4"]
+    assert shown_image(comfyui, result, "4").mode == "RGB"
     assert "baseline" not in succeed(comfyui, ranking("one"))["outputs"]["5"]["text"][0]
 
 
-def test_no_text_is_told_in_a_sentence(comfyui):
+def test_a_ranking_without_texts_is_refused_in_one_sentence(comfyui):
     result = comfyui.queue(ranking(" \n"))
-    assert result["status"] == "error" and "There is no text to rank; write one a line" in json.dumps(result)
-
-
-def test_zero_shot_tells_intervals_classes_and_the_published_figure(comfyui):
-    prompt = attack("attacked")
-    prompt["4"] = node("EvalZeroShot", full_clip=["1", 0], dataset=["3", 0], baseline=["2", 0], protocol="published")
-    result = succeed(comfyui, prompt)
-    table = result["outputs"]["5"]["text"][0]
-    assert all(row.count("%") == 2 for row in table.splitlines()[2:])
-    assert "may be" in table and "as published; no accuracy" in table and "class red (6)" in table
-    assert "top 1 may differ by" in result["texts"]["4"]
+    assert result["status"] == "error" and "There is no text to rank; write one per line" in json.dumps(result)

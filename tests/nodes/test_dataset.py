@@ -1,10 +1,11 @@
-"""Data sets in a real ComfyUI: formats and columns, several joined, images from the graph, captions converted."""
+"""Datasets in a real ComfyUI: formats, columns, combining, images from other nodes, converted captions."""
 
 import json
 import shutil
 
 import pytest
 from clips import random_clip
+from comfyui_prompts import metrics, node, succeed
 from image_folders import class_folder, labels_folder
 from PIL import Image
 
@@ -15,15 +16,11 @@ pytestmark = pytest.mark.comfyui
 
 @pytest.fixture(scope="module", autouse=True)
 def files(comfyui):
-    """Data sets joined_a, joined_b, joined_classes, and the model sets_tiny."""
+    """The datasets joined_a, joined_b, joined_classes, and the model sets_tiny."""
     save_full_clip(random_clip(), comfyui.base / "models/full_clip/sets_tiny.safetensors")
     labels_folder(comfyui.base / "datasets/joined_a", 12)
     labels_folder(comfyui.base / "datasets/joined_b", 8)
     class_folder(comfyui.base / "datasets/joined_classes")
-
-
-def node(class_type, **inputs):
-    return {"class_type": class_type, "inputs": inputs}
 
 
 def loaded(folder, **widgets):
@@ -31,27 +28,23 @@ def loaded(folder, **widgets):
 
 
 def trained_on(dataset, run_name):
-    """Train a tiny model on a link, for one epoch: nodes 8 and 9."""
+    """Return nodes 7 to 9, which train a tiny model on a dataset for one epoch."""
     return {
+        "7": node("CLIPTrainCheckpoints"),
         "8": node("LoadFullCLIP", model="sets_tiny.safetensors"),
         "9": node(
-            "TrainCLIP", full_clip=["8", 0], train=dataset, run_name=run_name, epochs=1, batch_size=4, precision="fp32"
+            "TrainCLIP",
+            full_clip=["8", 0],
+            train=dataset,
+            options=["7", 0],
+            run_name=run_name,
+            epochs=1,
+            batch_size=4,
         ),
     }
 
 
-def steps(comfyui, run_name):
-    lines = (comfyui.base / "output/clip_finetune" / run_name / "metrics.jsonl").read_text().splitlines()
-    return [line for line in map(json.loads, lines) if line["kind"] == "step"]
-
-
-def succeed(comfyui, prompt):
-    result = comfyui.queue(prompt)
-    assert result["status"] == "success" and not result["node_errors"], result
-    return result
-
-
-def test_a_table_with_columns_of_ones_own_is_read(comfyui):
+def test_the_columns_of_a_table_can_be_named(comfyui):
     folder = comfyui.base / "datasets/own_columns"
     labels_folder(folder, 8)
     (folder / "labels.json").unlink()
@@ -62,13 +55,13 @@ def test_a_table_with_columns_of_ones_own_is_read(comfyui):
         **trained_on(["1", 0], "columns"),
     }
     result = succeed(comfyui, prompt)
-    assert "8 pictures to train on" in result["texts"]["1"] and "t.csv holds captions" in result["texts"]["1"]
+    assert "8 images for training" in result["texts"]["1"] and "t.csv holds captions" in result["texts"]["1"]
     del prompt["1"]["inputs"]["caption_column"], prompt["1"]["inputs"]["image_column"]
     failed = comfyui.queue(prompt)
     assert failed["status"] == "error" and "begins with the line 'n,bild,worte'" in failed["error"]
 
 
-def test_the_captions_of_coco_are_noticed_when_they_change(comfyui):
+def test_a_change_of_cocos_caption_file_is_noticed(comfyui):
     for name in ("train2017", "val2017"):
         labels_folder(comfyui.base / "datasets/coco" / name, 8)
         (comfyui.base / "datasets/coco" / name / "labels.json").unlink()
@@ -80,10 +73,10 @@ def test_the_captions_of_coco_are_noticed_when_they_change(comfyui):
         file.write_text(json.dumps({"images": images, "annotations": annotations}))
         prompt = {"1": loaded("coco/train2017"), **trained_on(["1", 0], "coco")}
         text = succeed(comfyui, prompt)["texts"]["1"]
-        assert f"{count} pictures to train on" in text and "../annotations/captions_train2017.json" in text
+        assert f"{count} images for training" in text and "../annotations/captions_train2017.json" in text
 
 
-def test_data_sets_are_joined_and_an_epoch_draws_by_weight(comfyui):
+def test_combined_datasets_are_drawn_by_weight(comfyui):
     prompt = {
         "1": loaded("joined_a"),
         "2": loaded("joined_b"),
@@ -96,14 +89,14 @@ def test_data_sets_are_joined_and_an_epoch_draws_by_weight(comfyui):
         **trained_on(["4", 0], "joined"),
     }
     result = succeed(comfyui, prompt)
-    assert "32 pictures; an epoch draws 44" in result["texts"]["4"]
-    assert len(steps(comfyui, "joined")) == 11
+    assert "32 images; 44 per epoch" in result["texts"]["4"]
+    assert len(metrics(comfyui, "joined")) == 11
     prompt["4"]["inputs"]["weights"] = "2, one"
     failed = comfyui.queue(prompt)
-    assert failed["status"] == "error" and "give a number for each data set" in failed["error"]
+    assert failed["status"] == "error" and "give one number for each dataset" in failed["error"]
 
 
-def test_images_and_texts_of_other_nodes_are_a_data_set_and_stay_the_same_one(comfyui):
+def test_images_and_captions_of_other_nodes_are_the_same_dataset_after_a_restart(comfyui):
     folder = comfyui.base / "input/from_core"
     folder.mkdir()
     for number in range(8):
@@ -114,20 +107,20 @@ def test_images_and_texts_of_other_nodes_are_a_data_set_and_stay_the_same_one(co
         "2": node("CLIPDatasetFromImages", images=["1", 0], captions=["1", 1]),
         **trained_on(["2", 0], "from_images"),
     }
-    assert "8 pictures with captions" in succeed(comfyui, prompt)["texts"]["2"]
-    kept = comfyui.base / "temp/clip_finetune_pictures"
-    before = {file.name: file.stat().st_mtime_ns for file in kept.iterdir()}
+    assert "8 images with captions" in succeed(comfyui, prompt)["texts"]["2"]
+    folder = comfyui.base / "temp/clip_finetune_images"
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert len(before) == 8
     # As after a restart: the temp folder is empty and nothing is remembered.
-    shutil.rmtree(kept)
+    shutil.rmtree(folder)
     comfyui.forget()
-    prompt["9"]["inputs"]["save_every_minutes"] = 3.0
+    prompt["7"]["inputs"]["save_every_minutes"] = 3.0
     result = succeed(comfyui, prompt)
-    assert {file.name: file.stat().st_mtime_ns for file in kept.iterdir()} == before
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
     assert "9" in result["executed"] and not (comfyui.base / "output/clip_finetune/from_images_2").exists()
 
 
-def test_what_core_saves_into_the_output_folder_is_listed_and_read(comfyui):
+def test_captioned_images_in_the_output_folder_are_listed_and_load(comfyui):
     labels_folder(comfyui.base / "datasets/taken", 8)
     for name in ("made", "sets/taken", "taken"):
         prompt = {
@@ -155,9 +148,9 @@ def test_what_core_saves_into_the_output_folder_is_listed_and_read(comfyui):
     for name in ("made", "output/taken"):
         prompt = {"1": loaded(name), "2": node("InspectCLIPDataset", dataset=["1", 0])}
         result = succeed(comfyui, prompt)
-        assert "1 pictures to train on" in result["texts"]["1"], result["texts"]
+        assert "1 images for training" in result["texts"]["1"], result["texts"]
     assert (
-        "8 pictures to train on"
+        "8 images for training"
         in succeed(comfyui, {"1": loaded("taken"), "2": node("InspectCLIPDataset", dataset=["1", 0])})["texts"]["1"]
     )
     for file in (comfyui.base / "output/made").glob("*.txt"):
@@ -166,19 +159,19 @@ def test_what_core_saves_into_the_output_folder_is_listed_and_read(comfyui):
     assert comfyui.queue(prompt)["status"] == "rejected"
 
 
-def test_images_without_a_text_each_are_refused(comfyui):
+def test_a_batch_shares_one_text(comfyui):
     prompt = {
         "1": node("EmptyImage", width=16, height=16, batch_size=3, color=0),
         "2": node("StringConcatenate", string_a="a", string_b="b", delimiter=" "),
         "3": node("CLIPDatasetFromImages", images=["1", 0], captions=["2", 0]),
         **trained_on(["3", 0], "refused"),
     }
-    # One text for a batch is that of all its pictures, which are one and the same here.
+    # Its images are all the same here, so they become one, and one is too few to train on.
     failed = comfyui.queue(prompt)
-    assert failed["status"] == "error" and "1 pictures with captions" in failed["texts"]["3"]
+    assert failed["status"] == "error" and "1 images with captions" in failed["texts"]["3"]
 
 
-def test_converted_captions_are_a_new_data_set_that_is_listed(comfyui):
+def test_converted_captions_are_listed_as_a_new_dataset(comfyui):
     prompt = {
         "1": node("ConvertCLIPCaptions", folder="joined_a", to="metadata"),
         "2": node("PreviewAny", source=["1", 0]),
