@@ -1,4 +1,4 @@
-"""Small CLIPs for the tests, of random weights from open_clip's own initialisation."""
+"""Small CLIPs for the tests, with random weights from open_clip's own initialisation."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from clip_finetune.engine.clip.architecture import Architecture
 from clip_finetune.engine.clip.full_clip import FullCLIP
 from clip_finetune.engine.clip.network import random_full_clip
+from clip_finetune.engine.clip.tensor_files import same_bits
 
 TINY = Architecture(
     embed_dim=32,
@@ -30,7 +31,7 @@ TINY = Architecture(
     text_mlp_width=256,
     activation="quick_gelu",
 )
-# Both towers in files of 50 kB.
+# A file of 50 kB.
 SMALL = Architecture(
     embed_dim=16,
     image_size=16,
@@ -64,14 +65,38 @@ VIT_L_14 = Architecture(
     activation="quick_gelu",
 )
 
-# The text tower that SD and SDXL load, with a vision tower that costs nothing.
+# The text tower that SD and SDXL load, with a tiny vision tower.
 CLIP_L = dataclasses.replace(
     VIT_L_14, image_size=32, patch_size=8, vision_width=64, vision_layers=2, vision_heads=2, vision_mlp_width=256
 )
+# The second stage has two blocks, so that one of them is not the first of its stage.
+TINY_RESNET = dataclasses.replace(
+    TINY,
+    image_size=64,
+    patch_size=None,
+    vision_width=16,
+    vision_layers=(1, 2, 1, 1),
+    vision_heads=8,
+    vision_mlp_width=None,
+)
+RESNET_50 = dataclasses.replace(
+    TINY_RESNET,
+    embed_dim=1024,
+    image_size=224,
+    vision_width=64,
+    vision_layers=(3, 4, 6, 3),
+    vision_heads=32,
+    text_width=512,
+    text_layers=12,
+    text_heads=8,
+    text_mlp_width=2048,
+)
 
 
-def random_clip(architecture: Architecture = TINY, *, seed: int = 0, dtype=torch.float32, **changes) -> FullCLIP:
-    """A full CLIP of this architecture; vectors that start at one or zero are disturbed, so that all differ."""
+def random_clip(
+    architecture: Architecture = TINY, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes
+) -> FullCLIP:
+    """Return a full CLIP of this architecture; vectors, which start at one or zero, get noise so that all differ."""
     model = random_full_clip(dataclasses.replace(architecture, **changes), seed)
     generator = torch.Generator().manual_seed(seed)
     state = {
@@ -79,6 +104,36 @@ def random_clip(architecture: Architecture = TINY, *, seed: int = 0, dtype=torch
         for name, tensor in model.state_dict.items()
     }
     return FullCLIP(model.architecture, state)
+
+
+def random_resnet(
+    architecture: Architecture = TINY_RESNET, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> FullCLIP:
+    """Return a new ResNet CLIP whose blocks and statistics matter.
+
+    open_clip initialises blocks that add nothing, and statistics that change nothing.
+    """
+    model = random_clip(architecture, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    changed = {
+        name: 0.5 + torch.rand(tensor.shape, generator=generator)
+        for name, tensor in model.state_dict.items()
+        if name.endswith((".running_var", ".bn3.weight"))
+    } | {
+        name: 0.3 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in model.state_dict.items()
+        if name.endswith(".running_mean")
+    }
+    model = model.derive(changed, step="disturbed")
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict.items()}
+    return dataclasses.replace(model, state_dict=state, provenance={})
+
+
+def identical(one: FullCLIP, other: FullCLIP) -> bool:
+    """Return whether two models have the same tensors, bit by bit."""
+    return one.state_dict.keys() == other.state_dict.keys() and all(
+        same_bits(other.state_dict[name], tensor) for name, tensor in one.state_dict.items()
+    )
 
 
 def disturbed(model, share, seed=1):

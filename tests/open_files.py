@@ -1,8 +1,8 @@
-"""Opens model files in every way that the project does, and tells what came of it; run by test_bad_files.py.
+"""Open model files in every way that the project does, and report the outcome; run by test_bad_files.py.
 
 From standard input: JSON {"files": [{"id", "file", "merge"}], "base": a full CLIP, "facts": a file to write to}. To
-standard output: a line of JSON for each file that is begun, and one for what became of it. The current folder is where
-the files are.
+standard output: a line of JSON for each file when it begins, and one with its outcome. The current folder holds the
+files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LONGEST = 60  # seconds, after which the process ends itself
 
 
 def status(field: str) -> int:
-    """A size from the kernel's account of this process, in bytes."""
+    """Return a memory size of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -34,7 +34,7 @@ def status(field: str) -> int:
 
 
 def outcome(call: Callable[[], object]) -> dict:
-    """What a call gave or raised, how long it took, and whether it asked for memory that no small file needs."""
+    """Return what a call returned or raised, how long it took, and whether it asked for more memory than allowed."""
     started, crash, refused, result = time.process_time(), None, None, None
     try:
         result = call()
@@ -42,7 +42,7 @@ def outcome(call: Callable[[], object]) -> dict:
         refused = str(error)
         if any(_no_memory(cause) for cause in _causes(error)):
             crash = f"asked for more than {MOST_MEMORY} bytes"
-    except BaseException as error:  # all of them are what the test looks for
+    except BaseException as error:  # the test looks for any of them
         crash = f"{type(error).__name__}: {error}"[:500]
     return {"refused": refused, "crash": crash, "result": result, "seconds": time.process_time() - started}
 
@@ -58,30 +58,30 @@ def _no_memory(error: BaseException) -> bool:
 
 
 def info(path: str, facts: Path) -> dict:
-    """What the command `info` in this process writes to a file; raises the error that it prints."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+    """Return what the command `info` writes to a file; raise the error that it prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
         failed = main(["info", path, "--json", str(facts)])
     if failed:
-        assert said.getvalue().startswith(ERROR) and said.getvalue().endswith("\n"), said.getvalue()
-        raise UserError(said.getvalue()[len(ERROR) : -1])
-    assert not said.getvalue(), said.getvalue()
-    found = json.loads(facts.read_text(encoding="utf-8"))
-    return {"kind": found["kind"], "problems": found.get("problems", [])}
+        assert printed.getvalue().startswith(ERROR) and printed.getvalue().endswith("\n"), printed.getvalue()
+        raise UserError(printed.getvalue()[len(ERROR) : -1])
+    assert not printed.getvalue(), printed.getvalue()
+    described = json.loads(facts.read_text(encoding="utf-8"))
+    return {"kind": described["kind"], "problems": described.get("problems", [])}
 
 
 def opened(path: str, merge: bool, base, facts: Path) -> dict:
     before = status("VmHWM")
-    done = {
+    outcomes = {
         "load": outcome(lambda: load_full_clip(path).architecture.as_dict()),
         "info": outcome(lambda: info(path, facts)),
     }
     if merge:
-        done["merge"] = outcome(lambda: list(merge_text_encoder(path, base).notes))
-    return done | {"grown": status("VmHWM") - before}
+        outcomes["merge"] = outcome(lambda: list(merge_text_encoder(path, base).notes))
+    return outcomes | {"grown": status("VmHWM") - before}
 
 
-def tell(line: dict) -> None:
+def report(line: dict) -> None:
     print(json.dumps(line), flush=True)
 
 
@@ -89,11 +89,11 @@ if __name__ == "__main__":
     jobs = json.load(sys.stdin)
     base = load_full_clip(jobs["base"])
     facts = Path(jobs["facts"])
-    opened(jobs["base"], True, base, facts)  # all that is imported late is there now
+    opened(jobs["base"], True, base, facts)  # imports what is imported late
     most = status("VmSize") + MOST_MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     for job in jobs["files"]:
-        tell({"begun": job["id"]})
+        report({"begun": job["id"]})
         faulthandler.dump_traceback_later(LONGEST, exit=True)
-        tell({"id": job["id"]} | opened(job["file"], job["merge"], base, facts))
+        report({"id": job["id"]} | opened(job["file"], job["merge"], base, facts))
         faulthandler.cancel_dump_traceback_later()

@@ -42,7 +42,8 @@ def read_rows(file: Path, columns: Columns) -> Iterator[tuple[str, list[Any]]]:
     with _open(file, pre_buffer=False) as opened:
         schema = opened.schema_arrow
         chosen = _chosen(schema, columns)
-        class_names = _class_names(schema.metadata or {}, chosen.values[0]) if chosen.content == "classes" else None
+        class_names = _class_names(schema.metadata or {}, chosen.values[0])
+        is_classes = chosen.content == "classes"
         held = list(image_columns(schema))
         embedded = chosen.image in held
         column = chosen.image if embedded and chosen.image != held[0] else ""
@@ -56,7 +57,8 @@ def read_rows(file: Path, columns: Columns) -> Iterator[tuple[str, list[Any]]]:
             row += batch.num_rows
             for name, *values in zip(names, *(batch.column(name).to_pylist() for name in chosen.values), strict=True):
                 if name and name.strip():
-                    yield name.strip(), values if class_names is None else [_class_name(values[0], class_names)]
+                    values = [value for value in values if value is not None]
+                    yield name.strip(), [_class_name(value, class_names) for value in values] if is_classes else values
 
 
 def _chosen(schema: Any, columns: Columns) -> ChosenColumns:
@@ -66,7 +68,7 @@ def _chosen(schema: Any, columns: Columns) -> ChosenColumns:
 
 
 def _class_name(value: Any, names: Sequence[str]) -> str:
-    if value is None or (names and value == -1):  # how a test set has no classes
+    if names and value == -1:  # how a test set has no classes
         return ""
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else str(value)
 

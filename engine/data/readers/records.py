@@ -29,7 +29,7 @@ def read_caption_rows(file: Path, source: Source) -> FileCaptions:
     """Read the captions of every row; an image may have several rows. Raises `UserError`."""
     collector = CaptionCollector()
     for name, values in _rows(file, source):
-        captions = captions_in([value for value in values if value is not None])
+        captions = captions_in(values)
         if captions is None:
             raise UserError(
                 f"{file}: the captions of {name[:200]} are not texts, but {shown(values)}; name another caption_column."

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from bad_files import BAD_FILES, RAN, REFUSED, TOLD, whole
+from bad_files import BAD_FILES, RAN, REFUSED, REPORTED, whole
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it measures memory as Linux tells it")
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it reads memory from /proc")
 
 OPENER = Path(__file__).resolve().parents[2] / "open_files.py"
 LONGEST_SENTENCE = 700
@@ -24,7 +24,7 @@ WAYS_OUT = re.compile(
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """What became of every bad file, by its id; and the files that were in the folder before and after."""
+    """Return what became of every bad file, by its id, and the files in the folder before and after."""
     folder = tmp_path_factory.mktemp("bad")
     (folder / "base.pt").write_bytes(whole("ours"))
     jobs = []
@@ -40,7 +40,7 @@ def outcomes(tmp_path_factory):
 
 
 def open_all(folder, jobs):
-    """What became of the files up to one that ended the process, if any did."""
+    """Return what became of the files up to one that ended the process, if any did."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(OPENER)],
@@ -65,7 +65,7 @@ def listing(folder):
 
 
 def wrong_with(file, found):
-    """Sentences on what became of a bad file and should not have."""
+    """Yield what became of a bad file and should not have."""
     if "died" in found:
         yield f"ended the process: {found['died']}"
         return
@@ -85,13 +85,13 @@ def wrong_with(file, found):
             )
         elif expected == REFUSED and not done["crash"]:
             yield f"{way}: it was opened: {done['result']}"
-        elif expected == TOLD and not done["crash"]:
+        elif expected == REPORTED and not done["crash"]:
             if done["result"]["kind"] == "full_clip" and not done["result"]["problems"]:
                 yield f"{way}: passes for a sound model"
 
 
 def faults(sentence, file):
-    """What is wrong with a sentence that refuses a file."""
+    """Yield what is wrong with a sentence that refuses a file."""
     if len(sentence.splitlines()) != 1:
         yield "not one line"
     if len(sentence) > LONGEST_SENTENCE + len(file):
@@ -112,7 +112,7 @@ def test_the_corpus_is_large_and_has_no_file_twice():
     assert len({file.id for file in BAD_FILES}) == len({file.name for file in BAD_FILES}) == len(BAD_FILES)
 
 
-def test_every_bad_file_is_refused_in_one_sentence_that_names_it_and_a_way_out(outcomes):
+def test_every_bad_file_is_refused_in_one_sentence_that_names_it_and_says_what_to_do(outcomes):
     found, _, _ = outcomes
     wrong = [f"{file.id}: {fault}" for file in BAD_FILES for fault in wrong_with(file, found[file.id])]
     assert not wrong, f"{len(wrong)} faults:\n" + "\n".join(wrong)

@@ -1,6 +1,6 @@
 """Whole model files with some of their bytes changed, and files made at random: each opens or is refused in a line.
 
-By default a few of each kind, always the same; with -m soak thousands, others each time.
+By default a few of each kind, always the same; with -m soak thousands, different each time.
 """
 
 import json
@@ -29,7 +29,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def fuzz(soak, request):
-    """Call it with a strategy, what to do with each example, and how many are enough by default."""
+    """Return a function of a strategy, what to do with each example, and how many are enough by default."""
 
     def run(strategy, check, few):
         count = [0, 0]
@@ -54,7 +54,7 @@ def fuzz(soak, request):
 
 
 def opens(path, base):
-    """Whether a file opens; if it does not, every way to open it refuses it in one line that names it."""
+    """Return whether a file opens; if not, assert that every way to open it refuses it in one line that names it."""
     opened = False
     for way in (load_full_clip, describe, lambda file: merge_text_encoder(file, base)):
         started = time.process_time()
@@ -69,7 +69,7 @@ def opens(path, base):
 
 
 def written(folder, name, content):
-    """A new file: what maps the one before must not see it change."""
+    """Write a new file: whoever maps the one before must not see it change."""
     file = folder / name
     file.unlink(missing_ok=True)
     file.write_bytes(content)
@@ -81,8 +81,8 @@ def written(folder, name, content):
 ODD = [0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, (1 << 63) - 1, (1 << 64) - 1]
 
 
-def places(content):
-    """Where to change something: most often where it says what the rest is."""
+def offsets(content):
+    """Offsets at which to change something, most often near headers and directories."""
     spots = {0, len(content)} | {content.rfind(mark) for mark in (b"data.pkl", b"PK\5\6", b"PK\1\2", b"__metadata__")}
     near = st.builds(
         lambda spot, by: min(max(spot + by, 0), len(content)), st.sampled_from(sorted(spots)), st.integers(-1500, 3000)
@@ -91,32 +91,32 @@ def places(content):
 
 
 def changes(content):
-    place = places(content)
+    offset = offsets(content)
     return st.one_of(
-        st.tuples(st.just("flip"), place, st.integers(1, 255)),
-        st.tuples(st.just("cut"), place, st.integers(1, 64) | st.integers(1, len(content))),
-        st.tuples(st.just("insert"), place, st.binary(min_size=1, max_size=16)),
-        st.tuples(st.just("splice"), place, place, st.integers(1, 200)),
-        st.tuples(st.just("number"), place, st.sampled_from(ODD), st.sampled_from([1, 2, 4, 8])),
+        st.tuples(st.just("flip"), offset, st.integers(1, 255)),
+        st.tuples(st.just("cut"), offset, st.integers(1, 64) | st.integers(1, len(content))),
+        st.tuples(st.just("insert"), offset, st.binary(min_size=1, max_size=16)),
+        st.tuples(st.just("splice"), offset, offset, st.integers(1, 200)),
+        st.tuples(st.just("number"), offset, st.sampled_from(ODD), st.sampled_from([1, 2, 4, 8])),
     )
 
 
 def changed(content, made):
-    """The content with some changes made to it."""
+    """Return the content with some changes made to it."""
     content = bytearray(content)
-    for kind, place, *more in made:
-        place = min(place, len(content))
+    for kind, offset, *arguments in made:
+        offset = min(offset, len(content))
         if kind == "flip":
-            content[place : place + 1] = bytes(byte ^ more[0] for byte in content[place : place + 1])
+            content[offset : offset + 1] = bytes(byte ^ arguments[0] for byte in content[offset : offset + 1])
         elif kind == "cut":
-            del content[place : place + more[0]]
+            del content[offset : offset + arguments[0]]
         elif kind == "insert":
-            content[place:place] = more[0]
+            content[offset:offset] = arguments[0]
         elif kind == "splice":
-            content[place : place + more[1]] = content[more[0] : more[0] + more[1]]
+            content[offset : offset + arguments[1]] = content[arguments[0] : arguments[0] + arguments[1]]
         else:
-            number = more[0] & ((1 << 8 * more[1]) - 1)
-            content[place : place + more[1]] = number.to_bytes(more[1], "little")
+            number = arguments[0] & ((1 << 8 * arguments[1]) - 1)
+            content[offset : offset + arguments[1]] = number.to_bytes(arguments[1], "little")
     return bytes(content)
 
 
@@ -200,7 +200,7 @@ ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "C64": 8}
 
 @st.composite
 def headers(draw):
-    """The header of a safetensors file, mostly with places that fit, and its data."""
+    """Draw the header of a safetensors file, mostly with offsets that fit, and the size of its data."""
     header, end = {}, 0
     for name in draw(st.lists(NAMES, max_size=12, unique=True)):
         dtype, shape = draw(DTYPES), list(OPENAI.get(name) or HUGGING_FACE.get(name) or (2,))
@@ -217,14 +217,14 @@ def headers(draw):
 
 @st.composite
 def metadata(draw):
-    """Our metadata with some of its values replaced."""
+    """Draw our metadata with some of its values replaced."""
     header_length = int.from_bytes(whole("ours")[:8], "little")
-    said = json.loads(json.loads(whole("ours")[8 : 8 + header_length])["__metadata__"]["clip_finetune"])
+    description = json.loads(json.loads(whole("ours")[8 : 8 + header_length])["__metadata__"]["clip_finetune"])
     for key in draw(st.lists(st.sampled_from(["activation", "provenance", "notes", "architecture"]), max_size=2)):
-        said[key] = draw(JSON)
-    if isinstance(said["architecture"], dict):
-        said["architecture"] |= draw(st.dictionaries(st.sampled_from(FIELDS), JSON | SIZES, max_size=2))
-    return json.dumps(said)
+        description[key] = draw(JSON)
+    if isinstance(description["architecture"], dict):
+        description["architecture"] |= draw(st.dictionaries(st.sampled_from(FIELDS), JSON | SIZES, max_size=2))
+    return json.dumps(description)
 
 
 def test_a_safetensors_file_with_any_header_opens_or_is_refused(fuzz, base, tmp_path):
@@ -240,8 +240,8 @@ def test_a_model_with_any_metadata_opens_or_is_refused(fuzz, base, tmp_path):
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
 
-    def check(said):
-        made = raw_safetensors(header | {"__metadata__": {"clip_finetune": said}}, content[8 + length :])
+    def check(description):
+        made = raw_safetensors(header | {"__metadata__": {"clip_finetune": description}}, content[8 + length :])
         return opens(written(tmp_path, "a.safetensors", made), base)
 
     fuzz(metadata(), check, 200)
@@ -325,16 +325,16 @@ STATE_DICTS = st.lists(st.tuples(WORDS, TENSORS | VALUES), max_size=6).map(
 )
 
 
-@pytest.mark.parametrize("place", ["zip", "script", "legacy"])
+@pytest.mark.parametrize("container", ["zip", "script", "legacy"])
 @pytest.mark.parametrize("made", ["operations", "values", "state_dicts"])
-def test_any_pickle_of_the_allowed_operations_opens_or_is_refused(place, made, fuzz, base, tmp_path):
-    if place == "legacy":
+def test_any_pickle_of_the_allowed_operations_opens_or_is_refused(container, made, fuzz, base, tmp_path):
+    if container == "legacy":
         first, last = in_legacy(b"<here>")().split(b"<here>")
     programs = {"operations": PROGRAMS, "values": VALUES, "state_dicts": STATE_DICTS}[made]
 
     def check(program):
         data = HEAD + program + b"."
-        content = first + data + last if place == "legacy" else rebuilt(whole(place), {"data.pkl": data})
+        content = first + data + last if container == "legacy" else rebuilt(whole(container), {"data.pkl": data})
         opened = opens(written(tmp_path, "a.pt", content), base)
         assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
         return opened

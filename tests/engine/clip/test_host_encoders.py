@@ -57,9 +57,9 @@ VISION = """
 import comfy.clip_vision
 file, out = arguments
 encoder = comfy.clip_vision.load(file)
-pictures = torch.rand(2, 300, 250, 3, generator=torch.Generator().manual_seed(0))
-found = encoder.encode_image(pictures)
-pixels = comfy.clip_vision.clip_preprocess(pictures, size=encoder.image_size)
+images = torch.rand(2, 300, 250, 3, generator=torch.Generator().manual_seed(0))
+found = encoder.encode_image(images)
+pixels = comfy.clip_vision.clip_preprocess(images, size=encoder.image_size)
 save_file({"pixels": pixels.contiguous(), "features": found["image_embeds"]}, out)
 """
 
@@ -121,7 +121,7 @@ for ask in (host.text_encoder_tensors, lambda *where: host.replace_text_encoder(
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory):
-    """(folder with what was found, the text encoder, the one swapped in, what the LoRA adds, what was said)."""
+    """(folder with what was found, the text encoder, the one swapped in, what the LoRA adds, the output)."""
     folder = tmp_path_factory.mktemp("kinds")
     one, other = (random_clip(CLIP_L, seed=seed, dtype=torch.float16) for seed in (1, 2))
     encoder = export_text_encoder(one, folder / "one.safetensors")
@@ -130,8 +130,8 @@ def kinds(tmp_path_factory):
     tensors = {"lora_up.weight": up, "lora_down.weight": down, "alpha": torch.tensor(4.0)}
     layer = "lora_te1_text_model_encoder_layers_3_mlp_fc2"
     save_file({f"{layer}.{name}": tensor for name, tensor in tensors.items()}, folder / "lora.safetensors")
-    said, _ = in_comfyui(KINDS, encoder, folder / "lora.safetensors", swap, folder)
-    yield folder, load_file(encoder), load_file(swap), 0.5 * up @ down, said
+    output, _ = in_comfyui(KINDS, encoder, folder / "lora.safetensors", swap, folder)
+    yield folder, load_file(encoder), load_file(swap), 0.5 * up @ down, output
     shutil.rmtree(folder)  # 4 GB
 
 
@@ -150,5 +150,5 @@ def test_the_clip_l_of_every_clip_is_read_with_its_loras_and_replaced_in_a_clone
         assert torch.equal(found[f"swapped|{name}"], other[name]), name
 
 
-def test_a_clip_without_a_clip_l_is_told(kinds):
+def test_a_clip_without_a_clip_l_is_refused(kinds):
     assert kinds[-1].count("holds no CLIP-L; connect that of an SD1.5, SDXL, SD3 or Flux model.") == 2

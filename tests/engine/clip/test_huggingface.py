@@ -120,7 +120,7 @@ def features_agree(folder, full_clip):
     ],
     ids=["tiny", "gelu", "heads", "sizes"],
 )
-def test_transformers_finds_the_same_features_offline(tmp_path, changes):
+def test_transformers_computes_the_same_features_offline(tmp_path, changes):
     model = random_clip(**changes)
     folder = save_huggingface(model, tmp_path / "clip")
     features_agree(folder, model)
@@ -160,7 +160,7 @@ def test_transformers_misses_no_weight_and_finds_none_too_many(folder):
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
-# ---- tokenizer and picture processor --------------------------------------------------------------------------------
+# ---- tokenizer and image processor --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["CLIPProcessor", "AutoProcessor", "CLIPTokenizer", "AutoTokenizer"])
@@ -193,14 +193,14 @@ def test_the_tokenizer_cuts_at_this_models_context(tmp_path):
     assert tokenizer([LONG], truncation=True)["input_ids"] == Tokenizer(20)([LONG]).tolist()
 
 
-def picture(path, width, height):
+def save_image(path, width, height):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
     return path
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 64), (97, 64), (40, 50), (20, 30), (300, 211), (33, 32), (32, 37)])
-def test_pictures_become_the_same_pixels(folder, tmp_path, size):
-    path = picture(tmp_path / "picture.png", *size)
+def test_images_become_the_same_pixels(folder, tmp_path, size):
+    path = save_image(tmp_path / "image.png", *size)
     ours = load_image(path, TINY.image_size)
     with Image.open(path) as opened:
         processor = transformers.CLIPProcessor.from_pretrained(folder)
@@ -214,9 +214,9 @@ def test_pictures_become_the_same_pixels(folder, tmp_path, size):
     torch.testing.assert_close(found, normalize(ours[None]), rtol=0, atol=1.01 * one_level)
 
 
-def test_an_odd_rest_of_pixels_may_move_the_centre_by_one(folder, tmp_path):
+def test_an_odd_margin_may_move_the_centre_crop_by_one_pixel(folder, tmp_path):
     """35 − 32 leaves 3 to cut: transformers rounds the margin of 1.5 down, torchvision (and we) to the even 2."""
-    path = picture(tmp_path / "picture.png", 35, 32)
+    path = save_image(tmp_path / "image.png", 35, 32)
     with Image.open(path) as opened:
         processor = transformers.CLIPImageProcessor.from_pretrained(folder)
         found = processor(opened, return_tensors="pt")["pixel_values"]
@@ -234,7 +234,7 @@ def mixed(model):
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32", "mixed"])
-def test_there_and_back_every_bit_is_the_same(model, tmp_path, kind):
+def test_saved_and_opened_again_every_bit_is_the_same(model, tmp_path, kind):
     saved = mixed(model) if kind == "mixed" else random_clip(dtype=getattr(torch, kind))
     folder = save_huggingface(saved, tmp_path / "clip")
     opened = load_full_clip(folder)
@@ -258,7 +258,7 @@ def test_the_weights_are_saved_in_the_chosen_dtype(model, tmp_path, dtype):
         assert file.metadata() == {"format": "pt"} and "logit_scale" in file.keys()  # noqa: SIM118 (not a dict)
 
 
-def test_gmp_is_folded_and_told(model, tmp_path):
+def test_gmp_is_folded_with_a_note(model, tmp_path):
     gmp = to_gmp(model)
     notes = []
     folder = save_huggingface(gmp, tmp_path / "clip", on_note=notes.append)
@@ -267,7 +267,7 @@ def test_gmp_is_folded_and_told(model, tmp_path):
     features_agree(folder, gmp)
 
 
-def test_another_vocabulary_gets_no_tokenizer_and_is_told_so(tmp_path):
+def test_a_model_with_another_vocabulary_gets_no_tokenizer_and_a_note(tmp_path):
     model = random_clip(vocab_size=1000)
     notes = []
     folder = save_huggingface(model, tmp_path / "clip", on_note=notes.append)
@@ -277,7 +277,7 @@ def test_another_vocabulary_gets_no_tokenizer_and_is_told_so(tmp_path):
     features_agree(folder, model)  # taken at the highest token, as open_clip does
 
 
-def test_the_files_may_be_read_by_whom_the_umask_allows(folder, tmp_path):
+def test_the_files_have_the_mode_that_the_umask_gives(folder, tmp_path):
     (tmp_path / "plain").write_text("")
     assert {file.stat().st_mode for file in folder.iterdir()} == {(tmp_path / "plain").stat().st_mode}
 
@@ -333,7 +333,7 @@ def test_a_resnet_is_refused(tmp_path):
     refused(resnet, tmp_path / "clip", "is a ResNet, and Hugging Face's CLIP has only ViTs")
 
 
-def test_what_would_open_as_another_model_is_refused(tmp_path):
+def test_a_model_that_would_open_as_another_is_refused(tmp_path):
     """Four whole patches in 35 pixels: the file's shapes tell of 32."""
     odd = random_clip(dataclasses.replace(TINY, image_size=35))
     refused(odd, tmp_path / "clip", "its image_size is 32, not 35")
@@ -353,12 +353,12 @@ def test_a_full_disk_leaves_nothing(model, tmp_path, monkeypatch, when):
     refused(model, tmp_path / "clip", "disk is full")
 
 
-def test_a_place_that_cannot_be_written_to_is_told(model, tmp_path):
+def test_a_folder_that_cannot_be_written_to_is_refused(model, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     refused(model, tmp_path / "file" / "clip", "could not be written")
 
 
-def test_weights_that_read_back_otherwise_leave_nothing(model, tmp_path, monkeypatch):
+def test_weights_that_read_back_differently_leave_nothing(model, tmp_path, monkeypatch):
     import safetensors.torch
 
     save_file = safetensors.torch.save_file

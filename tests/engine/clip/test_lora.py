@@ -143,7 +143,7 @@ def test_a_difference_of_lower_rank_gets_no_more_rows_than_it_has():
     assert report.rank == 32 and report.kept == pytest.approx(1)
 
 
-def test_what_did_not_change_is_left_out():
+def test_unchanged_tensors_are_left_out():
     baseline = random_clip(seed=1)
     tensors, report = lora_state_dict(trained(baseline, only="resblocks.1.mlp.c_fc"), baseline)
     layer = "lora_te1_text_model_encoder_layers_1_mlp_fc1"
@@ -185,10 +185,10 @@ def test_factors_are_in_the_chosen_dtype_and_alpha_is_exact_in_fp32(pair):
         assert {tensor.item() for name, tensor in tensors.items() if name.endswith(".alpha")} == {5.0}
 
 
-def test_progress_is_told_and_a_cancel_stops_it(pair):
-    told = []
-    lora_state_dict(*pair, on_progress=lambda done, total: told.append((done, total)))
-    assert told[0] == (0, told[-1][1]) and told[-1][0] == told[-1][1] == len(told) - 1
+def test_progress_is_reported_and_a_cancel_stops_it(pair):
+    reported = []
+    lora_state_dict(*pair, on_progress=lambda done, total: reported.append((done, total)))
+    assert reported[0] == (0, reported[-1][1]) and reported[-1][0] == reported[-1][1] == len(reported) - 1
 
     def cancel():
         raise InterruptedError
@@ -197,10 +197,10 @@ def test_progress_is_told_and_a_cancel_stops_it(pair):
         lora_state_dict(*pair, check_cancelled=cancel)
 
 
-# ---- what is said ----------------------------------------------------------------------------------------------------
+# ---- the report -----------------------------------------------------------------------------------------------------
 
 
-def test_the_sentence_says_what_is_kept_and_what_a_lora_cannot_carry():
+def test_the_report_says_what_is_kept_and_what_a_lora_cannot_carry():
     baseline = random_clip(seed=1)
     model = trained(trained(baseline, only="resblocks"), only="token_embedding", scale=2e-4)
     report = lora_state_dict(model, baseline, rank=16)[1]
@@ -224,13 +224,13 @@ def test_less_than_half_kept_suggests_what_helps():
     assert "token embeddings" in sentence and "less than half: export the whole text encoder" in sentence
 
 
-def test_a_rank_above_the_highest_is_lowered_and_said(pair):
+def test_a_rank_above_the_highest_is_lowered_with_a_note(pair):
     _, report = lora_state_dict(*pair, rank=1000)
     assert report.rank == 64 and "Rank 1000" in report.notes[0] and "64 was used" in report.notes[0]
     assert lora_state_dict(*pair, rank=64)[1].notes == ()
 
 
-def test_a_model_saved_with_fewer_digits_than_its_baseline_is_told():
+def test_a_model_saved_with_fewer_digits_than_its_baseline_gets_a_note():
     baseline = random_clip(seed=1)
     half = baseline.derive({name: t.half() for name, t in baseline.state_dict.items()}, step="saved as fp16")
     assert "float16" in lora_state_dict(half, baseline)[1].notes[0]

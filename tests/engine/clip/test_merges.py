@@ -24,7 +24,7 @@ def vision_of(model):
 # ---- the map of names, by hand ---------------------------------------------------------------------------------------
 
 
-def test_every_tensor_goes_where_it_belongs():
+def test_every_tensor_gets_its_hugging_face_name():
     """Written out here once more, so that a slip in the tables shows."""
     model = random_clip(embed_dim=64)  # square projections, where a missing transpose would go unseen
     hf, state = to_hf(model.state_dict), model.state_dict
@@ -62,7 +62,7 @@ def test_every_tensor_goes_where_it_belongs():
     assert not hf
 
 
-def test_the_map_goes_back_bit_by_bit_and_drops_position_ids():
+def test_renaming_there_and_back_keeps_every_bit_and_drops_position_ids():
     model = random_clip(dtype=torch.float16)
     hf = to_hf(model.state_dict) | {"text_model.embeddings.position_ids": torch.arange(77)[None]}
     back = to_openai(hf)
@@ -103,7 +103,7 @@ def test_of_sdxls_two_text_encoders_the_one_that_fits_is_taken(tmp_path):
         merge_text_encoder(tmp_path / "sdxl.safetensors", random_clip(text_width=192))
 
 
-def test_a_checkpoint_offered_as_a_clip_is_told_apart(tmp_path):
+def test_a_checkpoint_opened_as_a_clip_is_refused_as_an_image_model(tmp_path):
     save_file(sdxl(random_clip(), random_clip(text_width=128)), tmp_path / "sdxl.safetensors")
     with pytest.raises(UserError, match="an image model, not a CLIP; take the text encoder out of it"):
         load_full_clip(tmp_path / "sdxl.safetensors")
@@ -112,7 +112,7 @@ def test_a_checkpoint_offered_as_a_clip_is_told_apart(tmp_path):
     assert [line.split(": ")[1] for line in facts["text_encoders"]] == ["64 wide", "128 wide"]
 
 
-def test_a_text_encoder_of_more_positions_tells_how_to_make_room():
+def test_a_text_encoder_with_more_positions_is_refused_with_how_to_make_room():
     long = text_encoder_state_dict(random_clip(context_length=248))
     with pytest.raises(
         UserError, match="it reads 248 tokens, the full CLIP 77. Open the full CLIP with the context length 248"
@@ -133,14 +133,14 @@ def test_a_long_clips_two_tables_are_merged_with_it():
 @pytest.mark.parametrize(
     "change, words", [({"activation": "gelu"}, "gelu as activation"), ({"text_heads": 4}, "4 attention heads")]
 )
-def test_a_tower_that_computes_otherwise_is_refused_where_its_file_tells_it(tmp_path, change, words):
+def test_a_tower_with_other_heads_or_activation_is_refused_if_its_file_says_so(tmp_path, change, words):
     save_full_clip(random_clip(seed=1, **change), tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=words):
         merge_text_encoder(tmp_path / "other.safetensors", random_clip())
 
 
 @pytest.mark.parametrize("kind, refused", [("clip_text_model", True), ("clip_vision_model", False)])
-def test_only_a_configuration_of_the_tower_itself_is_believed(tmp_path, kind, refused):
+def test_only_a_config_of_the_same_tower_is_believed(tmp_path, kind, refused):
     save_file(text_encoder_state_dict(random_clip(seed=1)), tmp_path / "te.safetensors")
     config = {
         "model_type": kind,
@@ -158,7 +158,7 @@ def test_only_a_configuration_of_the_tower_itself_is_believed(tmp_path, kind, re
         merge_text_encoder(tmp_path / "te.safetensors", random_clip())
 
 
-def test_a_tower_of_another_size_is_told_by_its_size():
+def test_a_tower_of_another_size_is_refused_by_its_size():
     text = text_encoder_state_dict(random_clip(text_layers=3))
     with pytest.raises(UserError, match="its text tower is 64 wide with 3 layers, the full CLIP's 64 with 2"):
         merge_text_encoder(text, random_clip())
@@ -244,12 +244,12 @@ def test_a_missing_or_useless_projection_is_the_full_clips(projection):
         (lambda: {}, "holds no CLIP vision encoder"),
     ],
 )
-def test_what_is_no_vision_tower_of_that_shape_is_refused(vision, words):
+def test_anything_but_a_vision_tower_of_that_shape_is_refused(vision, words):
     with pytest.raises(UserError, match=words):
         merge_vision_encoder(vision(), random_clip())
 
 
-def test_text_and_vision_pieces_and_a_full_clip_for_the_rest_make_a_full_clip(tmp_path):
+def test_a_text_encoder_and_a_vision_encoder_and_a_full_clip_for_the_rest_make_a_full_clip(tmp_path):
     """ComfyUI's pieces: a text encoder file and a clip_vision file."""
     one, base = random_clip(seed=1), random_clip(seed=2)
     save_file(text_encoder_state_dict(one), tmp_path / "te.safetensors")

@@ -38,7 +38,7 @@ def test_the_file_says_what_it_is(model, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
-def test_a_bare_state_dict_opens_and_the_assumed_activation_is_told(model, tmp_path, suffix):
+def test_a_bare_state_dict_opens_with_a_note_on_the_assumed_activation(model, tmp_path, suffix):
     path = tmp_path / f"bare.{suffix}"
     if suffix == "pt":
         torch.save(dict(model.state_dict), path)
@@ -74,7 +74,7 @@ def test_the_head_counts_of_known_models_come_from_open_clips_list():
     assert architecture_from_shapes(big_g.shapes(), activation="gelu") == (big_g, ())
 
 
-def test_unknown_head_counts_are_told():
+def test_assumed_head_counts_get_a_note():
     arch, notes = architecture_from_shapes(TINY.shapes(), activation="quick_gelu")
     assert (arch.vision_heads, arch.text_heads) == (1, 1)
     assert "heads is not in the file" in notes[0]
@@ -147,7 +147,7 @@ def test_the_network_has_copies_of_the_weights(model):
 
 
 def load_again(model):
-    """The fingerprint computed anew (it is kept once it was asked for)."""
+    """Return the fingerprint computed anew; the property is cached."""
     model.__dict__.pop("fingerprint", None)
     return model.fingerprint
 
@@ -234,16 +234,16 @@ def test_values_too_large_for_fp16_are_refused(model, tmp_path):
     assert load_file(bf16)["ln_final.bias"].dtype == torch.bfloat16
 
 
-def test_a_file_may_be_read_by_whom_the_umask_allows(model, tmp_path):
+def test_a_saved_file_has_the_mode_that_the_umask_gives(model, tmp_path):
     (tmp_path / "plain").write_text("")
     saved = save_full_clip(model, tmp_path / "model.safetensors")
     assert saved.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_a_file_that_may_not_be_read_is_told(model, ordinary_user):
-    place, rights = ordinary_user
-    save_full_clip(model, place / "a.safetensors")
-    load_full_clip(place / "a.safetensors")
-    (place / "a.safetensors").chmod(0)
+def test_a_file_without_read_permission_is_refused_by_name(model, ordinary_user):
+    folder, rights = ordinary_user
+    save_full_clip(model, folder / "a.safetensors")
+    load_full_clip(folder / "a.safetensors")
+    (folder / "a.safetensors").chmod(0)
     with rights(), pytest.raises(UserError, match=r"a\.safetensors .*Permission denied"):
-        load_full_clip(place / "a.safetensors")
+        load_full_clip(folder / "a.safetensors")

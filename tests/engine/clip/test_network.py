@@ -62,7 +62,7 @@ def test_features_and_gradients_are_those_of_open_clips_forward(activation, gmp)
         torch.testing.assert_close(found[2][name], gradient, **CLOSE)
 
 
-def test_the_zeros_behind_the_longest_text_change_nothing():
+def test_cutting_the_zeros_behind_the_longest_text_changes_nothing():
     network = build_network(random_clip(), dtype=torch.float64)
     images, tokens = torch.randn(3, 3, 32, 32, dtype=torch.float64), texts(5, 17, 11)
     whole, short = ours(network, images, tokens), ours(network, images, tokens[:, :17])
@@ -104,7 +104,7 @@ def test_compiled_blocks_give_the_same_features_and_gradients():
         torch.testing.assert_close(again[2][name], gradient, **CLOSE)
 
 
-def test_a_missing_compiler_is_told(monkeypatch):
+def test_a_missing_compiler_is_refused_with_a_way_out(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     torch._dynamo.reset()
@@ -112,7 +112,7 @@ def test_a_missing_compiler_is_told(monkeypatch):
         compile_blocks(build_network(random_clip(vision_width=128, vision_mlp_width=384)))
 
 
-def test_a_lack_of_memory_is_no_fault_of_the_compiler(monkeypatch):
+def test_running_out_of_memory_is_not_reported_as_a_compiler_error(monkeypatch):
     def full(*inputs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -2,19 +2,13 @@
 
 import pytest
 import torch
-from clips import VIT_L_14, random_clip
+from clips import VIT_L_14, identical, random_clip
 from safetensors.torch import load_file, save_file
 
 from clip_finetune.engine import UserError, build_network, export_text_encoder, merge_text_encoder, to_gmp
 from clip_finetune.engine.clip.encoders import CLIP_L, mix_text_encoders, require_text_tower, text_encoder_state_dict
 from clip_finetune.engine.clip.health import describe_text_encoder
 from clip_finetune.engine.clip.tensor_files import same_bits
-
-
-def identical(one, other):
-    return one.state_dict.keys() == other.state_dict.keys() and all(
-        same_bits(other.state_dict[name], tensor) for name, tensor in one.state_dict.items()
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -187,7 +181,7 @@ def test_a_mix_is_the_line_through_both_and_keeps_the_trained_projection():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_mix_of_what_is_not_a_number_is_refused(bad):
+def test_a_mix_with_values_that_are_not_numbers_is_refused(bad):
     original = text_of(1) | {"text_model.final_layer_norm.bias": torch.full((64,), bad)}
     with pytest.raises(UserError, match="final_layer_norm.bias would hold values that are not numbers"):
         mix_text_encoders(original, text_of(2), 0.5)
@@ -211,6 +205,6 @@ def test_a_mix_that_fp16_cannot_hold_is_refused():
         (lambda d: d | {"text_model.encoder.layers.0.mlp.fc1.theta": torch.zeros(1)}, "GmP form"),
     ],
 )
-def test_what_is_wrong_with_a_text_encoder_is_told(damage, words):
+def test_info_reports_what_is_wrong_with_a_text_encoder(damage, words):
     assert describe_text_encoder(text_of(1))["problems"] == []
     assert any(words in problem for problem in describe_text_encoder(damage(text_of(1)))["problems"])

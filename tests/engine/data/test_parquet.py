@@ -1,4 +1,4 @@
-"""Pictures that are inside Parquet files, as Hugging Face's data sets have them."""
+"""Images inside Parquet files, as in Hugging Face's datasets."""
 
 import io
 import json
@@ -69,7 +69,7 @@ def pixels_of(content):
     return numpy.asarray(Image.open(io.BytesIO(content)))
 
 
-def test_pictures_and_captions_are_read(tmp_path):
+def test_images_and_captions_are_read(tmp_path):
     captioned(tmp_path / "data/train-00000-of-00002.parquet")
     captioned(tmp_path / "data/train-00001-of-00002.parquet", start=24)
     data = load_dataset(tmp_path)
@@ -87,7 +87,7 @@ def test_pictures_and_captions_are_read(tmp_path):
         decode(data.path(0))
 
 
-def test_classes_have_the_names_that_the_schema_notes(tmp_path):
+def test_classes_have_the_names_in_the_schema(tmp_path):
     columns = {"img": held(*map(encoded, range(6))), "label": [1, 0, 1, -1, 1, None]}
     names = {"label": {"names": ["tabby_cat", "dog"], "_type": "ClassLabel"}}
     written(tmp_path / "named/test.parquet", columns, features=names)
@@ -116,7 +116,7 @@ def test_a_column_of_plain_bytes_and_one_that_is_named(tmp_path):
         decode(f"{file}#1#other")
 
 
-def test_parts_that_are_read_together_and_large_groups_are_told(tmp_path, monkeypatch):
+def test_notes_name_the_parts_read_together_and_large_row_groups(tmp_path, monkeypatch):
     for part in ("train-0", "test-0", "validation-0"):
         captioned(tmp_path / f"{part}.parquet", 3)
     (note,) = load_dataset(tmp_path).notes
@@ -146,7 +146,7 @@ def stretches_read(monkeypatch):
     image_files._layout.cache_clear()
 
 
-def test_every_row_is_its_own_picture_in_any_order_and_in_threads(tmp_path, stretches_read):
+def test_every_row_is_its_own_image_in_any_order_and_in_threads(tmp_path, stretches_read):
     data = load_dataset(captioned(tmp_path / "a.parquet", 90, group=25))
     order = random.Random(1).choices(range(90), k=300)
     for index, picture in zip(order, in_threads(lambda index: decode(data.path(index)), order), strict=True):
@@ -155,7 +155,7 @@ def test_every_row_is_its_own_picture_in_any_order_and_in_threads(tmp_path, stre
     assert 1 < len(kept) < 6 and not image_files._chunks._pending
 
 
-def test_in_their_order_each_stretch_is_read_once(tmp_path, stretches_read):
+def test_in_file_order_each_stretch_is_read_once(tmp_path, stretches_read):
     data = load_dataset(captioned(tmp_path / "a.parquet", 90, group=25))
     for index in range(90):
         decode(data.path(index))
@@ -175,7 +175,7 @@ def test_in_their_order_each_stretch_is_read_once(tmp_path, stretches_read):
     assert stretches_read == [(0, 0)]
 
 
-def test_the_picture_cache_knows_a_picture_by_file_time_and_row(tmp_path):
+def test_the_image_cache_knows_an_image_by_file_time_and_row(tmp_path):
     data = load_dataset(captioned(tmp_path / "a.parquet"))
     cache, transform = ImageCache(tmp_path / "cache"), Transform(image_size=32)
     keys = [cache.key(data.path(index), transform) for index in range(24)]
@@ -193,7 +193,7 @@ def test_the_picture_cache_knows_a_picture_by_file_time_and_row(tmp_path):
 
 
 @pytest.mark.parametrize("most", [50_000, 5])
-def test_the_fingerprint_notices_a_file_that_is_written_anew(tmp_path, monkeypatch, most):
+def test_the_fingerprint_notices_a_rewritten_file(tmp_path, monkeypatch, most):
     monkeypatch.setattr(fingerprint, "MOST_STATTED", most)
     file = captioned(tmp_path / "a.parquet")
     before = load_dataset(tmp_path).fingerprint()
@@ -206,7 +206,7 @@ def test_the_fingerprint_notices_a_file_that_is_written_anew(tmp_path, monkeypat
     assert load_dataset(tmp_path).fingerprint() != before
 
 
-def test_what_is_no_picture_is_told_row_by_row(tmp_path, monkeypatch):
+def test_rows_without_a_valid_image_are_reported_one_by_one(tmp_path, monkeypatch):
     contents = [encoded(0), None, b"no picture", encoded(3)[:200], b""]
     file = written(tmp_path / "a.parquet", {"image": held(*contents), "text": list("abcde")})
     found = inspect_dataset(load_dataset(tmp_path))
@@ -222,7 +222,7 @@ def test_what_is_no_picture_is_told_row_by_row(tmp_path, monkeypatch):
         decode(f"{file}#0")
 
 
-def test_a_damaged_file_is_told_in_a_sentence(tmp_path):
+def test_a_damaged_file_gives_one_sentence(tmp_path):
     file = captioned(tmp_path / "a.parquet", 40)
     data, content = load_dataset(tmp_path), bytearray(file.read_bytes())
     length = len(content) // 2
@@ -245,13 +245,13 @@ def test_a_damaged_file_is_told_in_a_sentence(tmp_path):
         load_dataset(tmp_path)
 
 
-def test_captions_that_are_no_texts_are_refused(tmp_path):
+def test_captions_that_are_not_texts_are_an_error(tmp_path):
     written(tmp_path / "a.parquet", {"image": held(encoded(0)), "text": [5]})
     with pytest.raises(UserError, match="a.parquet: the captions of a.parquet#0 are not texts, but .5.; name another"):
         load_dataset(tmp_path)
 
 
-def test_they_are_converted_and_prepared_as_others_are(tmp_path):
+def test_embedded_images_are_converted_and_prepared(tmp_path):
     contents = [encoded(0), encoded(1, "JPEG"), None, encoded(3, "WEBP")]
     file = written(tmp_path / "set/a.parquet", {"image": held(*contents), "text": list("abcd")})
     data = load_dataset(file.parent)
@@ -272,7 +272,7 @@ def test_they_are_converted_and_prepared_as_others_are(tmp_path):
     assert len({copies.original(index) for index in range(6)}) == 3
 
 
-def test_they_are_measured_as_the_same_pictures_in_files_are(tmp_path):
+def test_embedded_images_give_the_same_metrics_as_image_files(tmp_path):
     model = random_clip()
     captioned(tmp_path / "captions/a.parquet")
     data = load_dataset(tmp_path / "captions")
@@ -284,7 +284,7 @@ def test_they_are_measured_as_the_same_pictures_in_files_are(tmp_path):
     assert found.images == 12
 
 
-def test_evaluators_know_a_picture_by_its_bytes(tmp_path):
+def test_evaluators_know_an_image_by_its_bytes(tmp_path):
     """So that one that is there twice counts once, and one that is written anew is encoded anew."""
     from clip_finetune.engine.evaluate.encoder import Encoder, EncodingCache, encode_images
 
@@ -304,7 +304,7 @@ def test_evaluators_know_a_picture_by_its_bytes(tmp_path):
     assert torch.equal(after.features[2], before.features[0]) and not torch.equal(after.features[0], before.features[0])
 
 
-def test_a_file_that_may_not_be_read_is_told(ordinary_user):
+def test_a_file_without_permission_is_an_error(ordinary_user):
     place, rights = ordinary_user
     file = captioned(place / "mine/a.parquet")
     data = load_dataset(place / "mine")

@@ -1,26 +1,21 @@
-"""Full CLIPs of other programs' making: whatever the file, the same tensors, and what its classes tell."""
+"""Full CLIPs that other programs made: names, folders, several files, the hub, dtypes, and the cost of opening."""
 
 import dataclasses
-import io
 import json
 import re
 import subprocess
 import sys
-import types
 
-import numpy
 import pytest
 import torch
-from clips import VIT_L_14, random_clip
+from clips import VIT_L_14, identical, random_clip
 from safetensors.torch import load_file, save_file
 
-from clip_finetune.engine import UserError, build_network, load_full_clip, merge_text_encoder, save_full_clip, to_gmp
+from clip_finetune.engine import UserError, load_full_clip, save_full_clip, to_gmp
 from clip_finetune.engine.bench.contenders import open_clip_network
 from clip_finetune.engine.clip import names
-from clip_finetune.engine.clip.encoders import text_encoder_state_dict
 from clip_finetune.engine.clip.network import random_full_clip
 from clip_finetune.engine.clip.tensor_files import same_bits
-from clip_finetune.engine.clip.variants.long_clip import stretch_context, stretched
 
 
 @pytest.fixture(scope="module")
@@ -28,139 +23,9 @@ def model():
     return random_clip()
 
 
-def same(opened, expected):
-    return opened.state_dict.keys() == expected.state_dict.keys() and all(
-        same_bits(opened.state_dict[name], tensor) for name, tensor in expected.state_dict.items()
-    )
-
-
 def in_open_clip(model):
     """The model in open_clip's class."""
     return open_clip_network(model).eval()
-
-
-# ---- pickled models --------------------------------------------------------------------------------------------------
-
-
-def pickled(model, package, *, heads=(2, 2), activation="QuickGELU"):
-    """The bytes of torch.save(network), its classes being those of `package`, which does not exist any more."""
-    classes = {
-        name: type(name, (torch.nn.Module,), {"__module__": package})
-        for name in ("CLIP", "Part", "LayerNorm", "GeometricLinear", activation)
-    }
-    module = types.ModuleType(package)
-    vars(module).update(classes)
-
-    def build(tensors, kind="CLIP", prefix=""):
-        made = classes[kind]()
-        for name, tensor in tensors.items():
-            if "." not in name:
-                made.register_parameter(name, torch.nn.Parameter(tensor))
-        for child in dict.fromkeys(name.split(".")[0] for name in tensors if "." in name):
-            below = {name.removeprefix(f"{child}."): t for name, t in tensors.items() if name.startswith(f"{child}.")}
-            kind = "LayerNorm" if "ln_" in child else "GeometricLinear" if "theta" in below else "Part"
-            made.add_module(child, build(below, kind, f"{prefix}{child}."))
-        if prefix.endswith("attn."):
-            made.num_heads = heads[0] if prefix.startswith("visual.") else heads[1]
-            made.attn_mask = torch.zeros(77, 77)  # an attribute that is no weight, as in OpenAI's blocks
-        if prefix.endswith("mlp."):
-            made.add_module("gelu", classes[activation]())
-        return made
-
-    held = io.BytesIO()
-    with pytest.MonkeyPatch.context() as patch:
-        for part in range(1, package.count(".") + 2):
-            patch.setitem(sys.modules, package.rsplit(".", package.count(".") + 1 - part)[0], module)
-        torch.save(build(dict(model.state_dict)), held)
-    return held.getvalue()
-
-
-@pytest.mark.parametrize("package", ["clip.model", "orgclip.modeloriginal", "orgclipnosha.model", "open_clip.model"])
-def test_a_pickled_model_opens_without_its_classes_which_tell_its_heads_and_activation(model, tmp_path, package):
-    (tmp_path / "whole.pt").write_bytes(pickled(model, package))
-    opened = load_full_clip(tmp_path / "whole.pt")
-    assert same(opened, model) and opened.architecture == model.architecture and opened.notes == ()
-
-
-def test_a_pickled_model_in_gmp_form_opens_as_one(model, tmp_path):
-    (tmp_path / "gmp.pt").write_bytes(pickled(to_gmp(model), "gmpclip.model"))
-    opened = load_full_clip(tmp_path / "gmp.pt")
-    assert opened.parameterization == "gmp" and same(opened, to_gmp(model)) and opened.notes == ()
-
-
-def test_a_pickled_model_tells_other_heads_and_gelu(model, tmp_path):
-    (tmp_path / "gelu.pt").write_bytes(pickled(model, "open_clip.model", heads=(4, 8), activation="GELU"))
-    found = load_full_clip(tmp_path / "gelu.pt").architecture
-    assert (found.vision_heads, found.text_heads, found.activation) == (4, 8, "gelu")
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-@pytest.mark.parametrize("how", ["pickled", "traced", "scripted"])
-def test_open_clips_own_model_opens_however_it_was_saved(tmp_path, how, activation):
-    model = random_clip(activation=activation)
-    network, path = in_open_clip(model), tmp_path / "model.pt"
-    if how == "pickled":
-        torch.save(network, path)
-    elif how == "scripted":
-        torch.jit.script(network).save(path)
-    else:
-        example = (torch.zeros(1, 3, 32, 32), torch.zeros(1, 77, dtype=torch.long))
-        torch.jit.trace(network, example, check_trace=False).save(path)
-    opened = load_full_clip(path)
-    assert same(opened, model) and opened.architecture.activation == activation
-    assert not any("activation" in note for note in opened.notes)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_state_dicts_of_new_and_old_torch_open(model, tmp_path, zipped):
-    torch.save(dict(model.state_dict), tmp_path / "m.pt", _use_new_zipfile_serialization=zipped)
-    assert same(load_full_clip(tmp_path / "m.pt", activation="quick_gelu"), model)
-
-
-def test_a_whole_model_of_old_torch_is_refused_because_it_brings_its_code(model, tmp_path):
-    torch.save(in_open_clip(model), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match="old.pt is a whole model in the format .* before version 1.6"):
-        load_full_clip(tmp_path / "old.pt")
-
-
-def test_the_weights_in_a_training_checkpoint_open(model, tmp_path):
-    network = in_open_clip(model)
-    checkpoint = {
-        "epoch": 3,
-        "args": {"lr": 1e-5},
-        "optimizer": torch.optim.AdamW(network.parameters()).state_dict(),
-        "state_dict": {f"module.{name}": tensor for name, tensor in network.state_dict().items()},
-    }
-    torch.save(checkpoint, tmp_path / "epoch_3.pt")
-    assert same(load_full_clip(tmp_path / "epoch_3.pt", activation="quick_gelu"), model)
-
-
-def test_a_checkpoint_of_lightning_with_a_class_as_a_key_gives_its_weights(model, tmp_path, monkeypatch):
-    """As the first checkpoints of Stable Diffusion were written."""
-    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
-    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
-    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
-        monkeypatch.setitem(sys.modules, name, module)
-    state = {f"cond_stage_model.transformer.{n}": t for n, t in text_encoder_state_dict(model).items()}
-    callbacks = {module.ModelCheckpoint: {"best_model_score": numpy.float64(0.5), "monitor": "val/loss"}}
-    torch.save({"state_dict": state, "callbacks": callbacks, "global_step": numpy.int64(3)}, tmp_path / "sd15.ckpt")
-    monkeypatch.undo()
-    merged = merge_text_encoder(tmp_path / "sd15.ckpt", random_clip(seed=1))
-    assert same_bits(merged.state_dict["token_embedding.weight"], model.state_dict["token_embedding.weight"])
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_model_that_is_in_memory_does_not_depend_on_its_file(model, tmp_path, zipped):
-    for name, save in (
-        ("m.safetensors", save_file),
-        ("m.pt", lambda s, p: torch.save(s, p, _use_new_zipfile_serialization=zipped)),
-    ):
-        save(dict(model.state_dict), tmp_path / name)
-        opened = load_full_clip(tmp_path / name, in_memory=True, activation="quick_gelu")
-        with open(tmp_path / name, "r+b") as file:
-            file.truncate(10)
-        assert same(opened, model)
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------
@@ -210,9 +75,9 @@ def split_attention(state):
         "position_ids",
     ],
 )
-def test_the_same_tensors_come_out_of_every_naming(model, tmp_path, rename):
+def test_every_naming_gives_the_same_tensors(model, tmp_path, rename):
     save_file(rename(dict(model.state_dict)), tmp_path / "m.safetensors")
-    assert same(load_full_clip(tmp_path / "m.safetensors"), model)
+    assert identical(load_full_clip(tmp_path / "m.safetensors"), model)
 
 
 def test_one_in_32_safetensors_files_begins_like_a_pickle_and_opens(tmp_path):
@@ -222,7 +87,7 @@ def test_one_in_32_safetensors_files_begins_like_a_pickle_and_opens(tmp_path):
         if (tmp_path / "m.safetensors").read_bytes()[:1] == b"\x80":
             break
     assert (tmp_path / "m.safetensors").read_bytes()[:1] == b"\x80"
-    assert same(load_full_clip(tmp_path / "m.safetensors"), small)
+    assert identical(load_full_clip(tmp_path / "m.safetensors"), small)
 
 
 # ---- folders, several files, the hub ---------------------------------------------------------------------------------
@@ -247,7 +112,7 @@ def test_a_model_in_several_files_opens_by_its_folder_its_index_or_any_of_them(b
     expected = load_full_clip(tmp_path / "whole")
     for source in (tmp_path / "parts", index, parts[1]):
         opened = load_full_clip(source)
-        assert same(opened, expected) and opened.architecture == expected.architecture and not opened.notes
+        assert identical(opened, expected) and opened.architecture == expected.architecture and not opened.notes
     parts[1].unlink()
     with pytest.raises(UserError, match=f"{re.escape(parts[1].name)} is missing"):
         load_full_clip(tmp_path / "parts")
@@ -265,7 +130,7 @@ def test_a_folder_opens_by_the_names_that_programs_give_a_model(tmp_path, name):
     }
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     opened = load_full_clip(tmp_path)
-    assert same(opened, model) and opened.architecture == model.architecture and not opened.notes
+    assert identical(opened, model) and opened.architecture == model.architecture and not opened.notes
 
 
 def test_a_config_of_another_model_in_the_same_folder_is_not_believed(by_transformers, model, tmp_path):
@@ -280,7 +145,7 @@ def test_a_config_of_another_model_in_the_same_folder_is_not_believed(by_transfo
     assert any("config.json in its folder is that of another model" in note for note in opened.notes)
 
 
-def test_the_activations_of_a_config_that_differ_can_be_overridden(by_transformers, tmp_path):
+def test_a_config_with_two_activations_is_refused_unless_one_is_chosen(by_transformers, tmp_path):
     by_transformers.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["text_config"]["hidden_act"] = "gelu"
@@ -290,7 +155,7 @@ def test_the_activations_of_a_config_that_differ_can_be_overridden(by_transforme
     assert load_full_clip(tmp_path, activation="gelu").architecture.activation == "gelu"
 
 
-def test_what_stands_under_the_older_names_of_a_config_goes_before(by_transformers, tmp_path):
+def test_sections_under_the_older_names_of_a_config_take_precedence(by_transformers, tmp_path):
     by_transformers.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {"text_config_dict": config.pop("text_config"), "vision_config_dict": config.pop("vision_config")}
@@ -302,7 +167,7 @@ def test_what_stands_under_the_older_names_of_a_config_goes_before(by_transforme
 def test_a_run_folder_opens_as_its_best_model_and_a_pipeline_says_where_its_encoder_is(model, tmp_path):
     save_full_clip(model, tmp_path / "run/best.safetensors")
     save_full_clip(model, tmp_path / "run/step_4.safetensors")
-    assert same(load_full_clip(tmp_path / "run"), model)
+    assert identical(load_full_clip(tmp_path / "run"), model)
     (tmp_path / "pipe").mkdir()
     (tmp_path / "pipe/model_index.json").write_text("{}")
     with pytest.raises(UserError, match="is a diffusers pipeline; give the text encoder in it: .*text_encoder"):
@@ -318,7 +183,7 @@ def test_a_name_on_the_hub_opens_from_the_cache_without_a_network(by_transformer
     (tmp_path / "models--someone--a-clip/refs/main").write_text("0" * 40)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert same(load_full_clip("hf-hub:someone/a-clip"), load_full_clip(snapshot))
+    assert identical(load_full_clip("hf-hub:someone/a-clip"), load_full_clip(snapshot))
     with pytest.raises(UserError, match="hf-hub:someone/else could not be downloaded"):
         load_full_clip("hf-hub:someone/else")
     for name in ("hf-hub:", "hf-hub:not a name", "ViT-L-14/none"):
@@ -339,11 +204,11 @@ def test_the_mixed_layout_is_openais(model, tmp_path):
     ours = load_file(save_full_clip(model, tmp_path / "mixed.safetensors", dtype="mixed"))
     assert {name: tensor.dtype for name, tensor in ours.items()} == {name: t.dtype for name, t in theirs.items()}
     assert all(same_bits(ours[name], tensor) for name, tensor in theirs.items())
-    assert same(load_full_clip(tmp_path / "mixed.safetensors"), dataclasses.replace(model, state_dict=ours))
+    assert identical(load_full_clip(tmp_path / "mixed.safetensors"), dataclasses.replace(model, state_dict=ours))
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_fp8_is_widened_exactly_and_told(model, tmp_path, dtype):
+def test_fp8_is_widened_exactly_with_a_note(model, tmp_path, dtype):
     eight = {name: tensor.to(dtype) if tensor.ndim == 2 else tensor for name, tensor in model.state_dict.items()}
     save_file(eight, tmp_path / "fp8.safetensors")
     opened = load_full_clip(tmp_path / "fp8.safetensors")
@@ -361,48 +226,6 @@ def test_fp8_weights_that_need_a_scale_are_refused(model, tmp_path):
         load_full_clip(tmp_path / "scaled.safetensors")
 
 
-# ---- Long-CLIP -------------------------------------------------------------------------------------------------------
-
-
-def test_long_clips_two_tables_become_one(tmp_path):
-    model = random_clip(context_length=248)
-    table, second = model.state_dict["positional_embedding"], torch.randn(248, 64)
-    expected = torch.cat([table[:20], second[20:]])
-    state = dict(model.state_dict) | {"positional_embedding_res": second}
-    save_file(state, tmp_path / "openai.safetensors")
-    hf = names.to_hf(model.state_dict) | {"text_model.embeddings.position_embedding_res.weight": second}
-    save_file(hf, tmp_path / "hf.safetensors")
-    for name in ("openai", "hf"):
-        opened = load_full_clip(tmp_path / f"{name}.safetensors")
-        assert opened.architecture.context_length == 248
-        assert same_bits(opened.state_dict["positional_embedding"], expected)
-
-
-def test_stretching_is_long_clips_by_hand_in_float64():
-    """Between two rows by quarters, and beyond the last one by quarters of the last step."""
-    table = torch.randn(77, 3, dtype=torch.float64)
-    rows = [table[place] for place in range(20)]
-    for place in range(20, 76):
-        rows += [table[place] * (4 - part) / 4 + table[place + 1] * part / 4 for part in range(4)]
-    rows += [table[76] + (table[76] - table[75]) * part / 4 for part in range(4)]
-    torch.testing.assert_close(stretched(table), torch.stack(rows), rtol=1e-14, atol=1e-15)
-    assert stretched(table.half()).dtype == torch.float16
-
-
-def test_a_stretched_model_reads_long_texts_and_short_ones_as_before(model, tmp_path):
-    path = save_full_clip(model, tmp_path / "m.safetensors")
-    long = load_full_clip(path, context_length=248)
-    assert long.architecture.context_length == 248 and long.provenance["history"] == ["stretched to 248 tokens"]
-    tokens = torch.zeros(2, 77, dtype=torch.long)
-    tokens[:, :18], tokens[:, 18] = torch.randint(1, 49405, (2, 18)), 49407
-    with torch.no_grad():
-        short = build_network(model).encode_text(tokens)
-        torch.testing.assert_close(build_network(long).encode_text(torch.nn.functional.pad(tokens, (0, 171))), short)
-    assert stretch_context(long) is long
-    with pytest.raises(UserError, match="reads 50 tokens; only one that reads 77"):
-        stretch_context(random_clip(context_length=50))
-
-
 # ---- what it costs ---------------------------------------------------------------------------------------------------
 
 COST = """
@@ -417,7 +240,7 @@ print(time.perf_counter() - began, anonymous() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_vit_l_14_is_mapped_not_read(tmp_path):
+def test_a_vit_l_14_is_memory_mapped(tmp_path):
     model = random_full_clip(VIT_L_14, seed=0)
     for name, tensors, at_most in (
         ("OpenAI's names", dict(model.state_dict), 20),
@@ -458,7 +281,7 @@ print(sum(tensor.nbytes for tensor in plain.state_dict.values()) / 1e6, peak - b
 
 @pytest.mark.soak
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_loading_folding_exporting_and_comparing_a_vit_l_14_holds_at_most_two_copies(tmp_path):
+def test_loading_folding_exporting_and_comparing_a_vit_l_14_takes_at_most_two_copies_of_memory(tmp_path):
     path = save_full_clip(to_gmp(random_full_clip(VIT_L_14, seed=0)), tmp_path / "gmp.safetensors")
     command = [sys.executable, "-c", GRAPH, path, tmp_path]
     weights, peak = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
