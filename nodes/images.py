@@ -64,9 +64,6 @@ class InspectCLIPDataset(io.ComfyNode):
         return io.NodeOutput(report, sheet, to_tensor(chart), ui=ui.PreviewImage(sheet, cls=cls))
 
 
-_BASIC = ("crop", "jitter_copies", "flip", "seed", "detector", "only", "never")
-
-
 class PrepareCLIPImages(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -80,10 +77,7 @@ class PrepareCLIPImages(io.ComfyNode):
             aliases="augmentation, crop, color jitter, flip, mirror, object detection",
             inputs=[
                 folder_input(),
-                *(
-                    setting_input(info, advanced=info.name not in _BASIC)
-                    for info in setting_infos(Preparation).values()
-                ),
+                *(setting_input(info) for info in setting_infos(Preparation).values()),
                 captions_input(advanced=True),
                 widget("name", "", "Name of the new folder. Empty: the old name with _prepared."),
             ],

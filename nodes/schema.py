@@ -71,10 +71,9 @@ def widget(
     return io.Int.Input(name, **limits, **fixed, **common)
 
 
-def setting_input(info: SettingInfo, *, advanced: bool = False) -> io.Input:
+def setting_input(info: SettingInfo) -> io.Input:
     """Return the widget for a setting of the engine."""
-    limits: dict[str, Any] = dict(choices=info.choices, min=info.min, max=info.max, step=info.step)
-    return widget(info.name, info.default, info.help, **limits, advanced=advanced)
+    return widget(info.name, info.default, info.help, choices=info.choices, min=info.min, max=info.max, step=info.step)
 
 
 def seed_input(tooltip: str) -> io.Input:

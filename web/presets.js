@@ -1,5 +1,5 @@
 // Choosing a preset writes its values into the node's widgets, so that what runs is what the widgets show.
-// The values come with the node's schema. Loading a workflow sets widgets without their callbacks: nothing is overwritten.
+// The values come with the node's schema. Loading a workflow does not call widget callbacks, so it overwrites nothing.
 import { app } from "../../scripts/app.js";
 
 const presetsOf = new Map();
@@ -16,14 +16,14 @@ app.registerExtension({
     const presets = presetsOf.get(node.comfyClass);
     const preset = node.widgets?.find((widget) => widget.name === "preset");
     if (!presets || !preset) return;
-    const before = preset.callback;
+    const original = preset.callback;
     preset.callback = function (value, ...rest) {
-      const result = before?.call(this, value, ...rest);
-      for (const [name, chosen] of Object.entries(presets[value] ?? {})) {
+      const result = original?.call(this, value, ...rest);
+      for (const [name, presetValue] of Object.entries(presets[value] ?? {})) {
         const widget = node.widgets.find((other) => other.name === name);
-        if (!widget || widget.value === chosen) continue;
-        widget.value = chosen;
-        widget.callback?.(chosen, app.canvas, node);
+        if (!widget || widget.value === presetValue) continue;
+        widget.value = presetValue;
+        widget.callback?.(presetValue, app.canvas, node);
       }
       node.setDirtyCanvas(true, true);
       return result;

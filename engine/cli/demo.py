@@ -1,10 +1,11 @@
-"""The demo: a small CLIP learns pictures that are drawn for it, is fine-tuned on others, folded, exported and measured.
+"""`clip-finetune demo`: train, fine-tune, fold, export and measure a small CLIP on images that are drawn for it.
 
-Everything is learnt and measured here; the same seed gives the same numbers on the same machine.
+Nothing is downloaded, and the same seed gives the same numbers on the same machine.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import time
 from collections.abc import Callable
@@ -28,6 +29,8 @@ from ..report.tables import percent, table
 from ..train.config import TrainConfig
 from ..train.run.results import Progress
 from ..train.trainer import train
+from .arguments import Commands
+from .terminal import print_line
 
 SMALL_CLIP = Architecture(
     embed_dim=128,
@@ -45,7 +48,7 @@ SMALL_CLIP = Architecture(
     text_mlp_width=512,
     activation="quick_gelu",
 )
-# fp32 on the CPU everywhere, so that the numbers do not depend on the graphics card.
+# fp32 on the CPU, so that the numbers do not depend on the GPU.
 PRETRAINING = TrainConfig.from_flat(
     epochs=26, learning_rate=1.5e-3, batch_size=72, optimizer="adamw", weight_decay=0.05, precision="fp32"
 )
@@ -53,9 +56,24 @@ FINE_TUNING = TrainConfig.from_flat(epochs=12, learning_rate=1e-3, batch_size=72
 DEVICE = "cpu"
 
 
+def add_commands(commands: Commands) -> None:
+    demo = commands.add(
+        "demo",
+        _run,
+        "Train, fold, export and evaluate a small CLIP on images that are drawn for it.",
+        opens_model=False,
+    )
+    demo.add_argument("--out", default="clip_finetune_demo", metavar="DIR", help="where everything goes")
+    demo.add_argument("--seed", type=int, default=0, help="another seed draws other images (default: 0)")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    run_demo(Path(arguments.out), seed=arguments.seed, print_line=print_line)
+
+
 @dataclasses.dataclass(frozen=True)
-class Pictures:
-    """The demo's data sets. The held-out ones show combinations of colour and shape that no training picture shows."""
+class DemoData:
+    """The demo's datasets. The held-out ones show combinations of colour and shape that no training image shows."""
 
     plain: ClipDataset
     shifted: ClipDataset
@@ -64,21 +82,21 @@ class Pictures:
     held_out_plain: ClipDataset
 
 
-def draw_images(folder: Path, seed: int) -> Pictures:
-    """Draw 1,980 pictures; those that are there already keep their files."""
+def draw_images(folder: Path, seed: int) -> DemoData:
+    """Draw 1,980 images; those that exist already keep their files."""
     train_plain = draw_demo_dataset(folder / "plain", count=720, seed=seed, style="plain", split="train")
     train_shifted = draw_demo_dataset(folder / "shifted", count=540, seed=seed, style="shifted", split="train")
     held_out = draw_demo_dataset(folder / "held_out", count=240, seed=seed, style="shifted", split="held_out")
     classes = draw_demo_classes(folder / "held_out_classes", count=240, seed=seed, style="shifted", split="held_out")
     plain = draw_demo_classes(folder / "held_out_plain_classes", count=240, seed=seed, style="plain", split="held_out")
-    return Pictures(*(load_dataset(place) for place in (train_plain, train_shifted, held_out, classes, plain)))
+    return DemoData(*(load_dataset(path) for path in (train_plain, train_shifted, held_out, classes, plain)))
 
 
-def measure(model: FullCLIP, pictures: Pictures) -> dict[str, float]:
-    """Shares from 0 to 1 on the held-out combinations."""
-    zero_shot = eval_zero_shot(model, pictures.held_out_classes, templates="simple", device=DEVICE)
-    retrieval = eval_retrieval(model, pictures.held_out, device=DEVICE)
-    before = eval_zero_shot(model, pictures.held_out_plain, templates="simple", device=DEVICE)
+def measure(model: FullCLIP, data: DemoData) -> dict[str, float]:
+    """Measure on the held-out combinations; every number is from 0 to 1."""
+    zero_shot = eval_zero_shot(model, data.held_out_classes, templates="simple", device=DEVICE)
+    retrieval = eval_retrieval(model, data.held_out, device=DEVICE)
+    before = eval_zero_shot(model, data.held_out_plain, templates="simple", device=DEVICE)
     return {
         "zero-shot, new style": zero_shot.top1,
         "image to text R@5": retrieval.image_to_text.r5,
@@ -87,62 +105,64 @@ def measure(model: FullCLIP, pictures: Pictures) -> dict[str, float]:
     }
 
 
-def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Run the whole demo in `out` and return its numbers, which are in `out`/results.json too."""
-    began = time.monotonic()
-    say(f"Drawing pictures of coloured shapes into {out / 'pictures'} …")
+def run_demo(out: Path, *, seed: int = 0, print_line: Callable[[str], None] = print) -> dict[str, Any]:
+    """Run the whole demo in `out`, and return its numbers, which are also in `out`/results.json."""
+    start = time.monotonic()
+    print_line(f"Drawing images of coloured shapes into {out / 'images'} …")
     try:
-        pictures = draw_images(out / "pictures", seed)
+        data = draw_images(out / "images", seed)
     except OSError as error:
-        raise UserError(f"{out} could not be written ({error.strerror}); give another folder with --out.") from error
-    say(
-        f"{len(pictures.plain)} to learn from, {len(pictures.shifted)} in another style to fine-tune on, and "
-        f"{len(pictures.held_out)} of combinations that are in neither, to measure on."
+        raise UserError(f"{out} could not be written ({error.strerror}); choose another folder with --out.") from error
+    print_line(
+        f"{len(data.plain)} to pretrain on, {len(data.shifted)} in another style to fine-tune on, and "
+        f"{len(data.held_out)} of combinations that are in neither, to measure on."
     )
-
-    untrained = random_full_clip(SMALL_CLIP, seed)
-    models = {"untrained": untrained}
-    say("\nPretraining a small CLIP from nothing on the plain pictures …")
-    pretraining = dataclasses.replace(PRETRAINING, seed=seed)
-    models["pretrained"] = _train(untrained, pictures.plain, pretraining, out / "run_pretrain", say)
-    save_full_clip(models["pretrained"], out / "pretrained.safetensors")
-    for name, gmp in (("fine-tuned", False), ("fine-tuned with GmP", True)):
-        say(f"\nFine-tuning it on the new style, {'with GmP' if gmp else 'plainly'} …")
-        config = dataclasses.replace(FINE_TUNING, seed=seed, gmp=gmp)
-        tuned = _train(models["pretrained"], pictures.shifted, config, out / ("run_gmp" if gmp else "run_plain"), say)
-        models[name] = fold_gmp(tuned) if gmp else tuned
-
+    models = _train_all(data, out, seed, print_line)
     folded = save_full_clip(models["fine-tuned with GmP"], out / "gmp_folded.safetensors")
     exported = export_text_encoder(models["fine-tuned with GmP"], out / "text_encoder.safetensors", dtype="fp16")
-    say(f"\nFolded GmP to plain weights: {folded}\nExported the text encoder:   {exported}\nMeasuring …")
-    results = {name: measure(model, pictures) for name, model in models.items()}
-    numbers = {
-        "seed": seed,
-        "chance_zero_shot": 1 / len(pictures.held_out_classes.class_names),
-        "models": results,
-    }
+    print_line(f"\nFolded GmP to plain weights: {folded}\nExported the text encoder:   {exported}\nMeasuring …")
+    results = {name: measure(model, data) for name, model in models.items()}
+    chance = 1 / len(data.held_out_classes.class_names)
+    numbers = {"seed": seed, "chance_zero_shot": chance, "models": results}
     write_json(out / "results.json", numbers)
-    chart = out / "before_and_after.png"
-    with replacing(chart) as beside:
-        shown = {what: {name: results[name][what] for name in results if name != "untrained"} for what in _WHAT}
-        bar_chart({_WHAT[what]: bars for what, bars in shown.items()}, title="Held-out combinations").save(
-            beside, "PNG"
-        )
-    say("\nOn combinations of colour and shape that none of the training pictures show:\n")
-    say(
-        table(
-            [{"model": name} | {what: percent(value) for what, value in row.items()} for name, row in results.items()]
-        )
-    )
-    say(
-        f"\nChance is {percent(numbers['chance_zero_shot'])} zero-shot. Charts: {chart}, and chart.png in each run "
-        f"folder. This took {time.monotonic() - began:.0f} seconds."
+    chart = _write_chart(out / "before_and_after.png", results)
+    rows = [{"model": name} | {key: percent(value) for key, value in row.items()} for name, row in results.items()]
+    print_line(f"\nOn combinations of colour and shape that no training image shows:\n\n{table(rows)}")
+    print_line(
+        f"\nChance is {percent(chance)} zero-shot. Charts: {chart}, and chart.png in each run folder. "
+        f"This took {time.monotonic() - start:.0f} seconds."
     )
     return numbers
 
 
-# What is measured, as short as an axis wants it.
-_WHAT = {
+def _train_all(data: DemoData, out: Path, seed: int, print_line: Callable[[str], None]) -> dict[str, FullCLIP]:
+    """Pretrain, then fine-tune with and without GmP; the GmP model comes back folded."""
+    untrained = random_full_clip(SMALL_CLIP, seed)
+    print_line("\nPretraining a small CLIP from scratch on the plain images …")
+    pretraining = dataclasses.replace(PRETRAINING, seed=seed)
+    pretrained = _train(untrained, data.plain, pretraining, out / "run_pretrain", print_line)
+    save_full_clip(pretrained, out / "pretrained.safetensors")
+    print_line("\nFine-tuning it on the new style, without GmP …")
+    config = dataclasses.replace(FINE_TUNING, seed=seed)
+    plain = _train(pretrained, data.shifted, config, out / "run_plain", print_line)
+    print_line("\nFine-tuning it on the new style, with GmP …")
+    config = dataclasses.replace(config, gmp=True)
+    gmp = _train(pretrained, data.shifted, config, out / "run_gmp", print_line)
+    return {"untrained": untrained, "pretrained": pretrained, "fine-tuned": plain, "fine-tuned with GmP": fold_gmp(gmp)}
+
+
+def _write_chart(path: Path, results: dict[str, dict[str, float]]) -> Path:
+    groups = {
+        axis_name: {model: results[model][key] for model in results if model != "untrained"}
+        for key, axis_name in _AXIS_NAMES.items()
+    }
+    with replacing(path) as temporary:
+        bar_chart(groups, title="Held-out combinations").save(temporary, "PNG")
+    return path
+
+
+# Names short enough for an axis.
+_AXIS_NAMES = {
     "zero-shot, new style": "zero-shot\nnew style",
     "image to text R@5": "image to\ntext R@5",
     "text to image R@5": "text to\nimage R@5",
@@ -151,25 +171,18 @@ _WHAT = {
 
 
 def _train(
-    model: FullCLIP, data: ClipDataset, config: TrainConfig, folder: Path, say: Callable[[str], None]
+    model: FullCLIP, data: ClipDataset, config: TrainConfig, folder: Path, print_line: Callable[[str], None]
 ) -> FullCLIP:
-    def show(progress: Progress) -> None:
+    def show_progress(progress: Progress) -> None:
         if progress.steps and progress.step % max(1, progress.total_steps // 4) == 0:
             last = progress.steps[-1]
-            say(f"  step {last['step']}/{progress.total_steps}  loss {last['loss']:.2f}")
+            print_line(f"  step {last['step']}/{progress.total_steps}  loss {last['loss']:.2f}")
 
-    def tell(note: str) -> None:
-        if "\n" not in note:  # tables are in the run folder too
-            say(f"  {note}")
+    def show_note(note: str) -> None:
+        if "\n" not in note:  # the tables are also in the run folder
+            print_line(f"  {note}")
 
     result = train(
-        model,
-        data,
-        None,
-        config,
-        run_folder=folder,
-        device=DEVICE,
-        on_note=tell,
-        on_progress=show,
+        model, data, None, config, run_folder=folder, device=DEVICE, on_note=show_note, on_progress=show_progress
     )
     return result.full_clip

@@ -1,10 +1,11 @@
-"""What a model file, a data set or a run is, and what is wrong with it."""
+"""`clip-finetune info`: what a model, dataset or run is, and what is wrong with it."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +17,53 @@ from ..clip.tensor_files import INDEX_SUFFIX, FileContents, read_contents
 from ..data.dataset import ClipDataset
 from ..data.load import load_dataset
 from ..errors import UserError, one_line
+from ..files import write_json
 from ..report.tables import table
+from .arguments import Commands, require_writable
 
 _DATASET_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet")
-_SHOWN = 20  # of what is not a list
+_MOST_ITEMS, _MOST_ENTRIES = 10, 20  # shown of a list, of a mapping
+
+
+def add_commands(commands: Commands) -> None:
+    info = commands.add("info", run_info, "Show what a model, dataset or run is, and what is wrong with it.")
+    info.add_argument("path", metavar="FILE_OR_FOLDER")
+    info.add_argument("--json", metavar="FILE", help="also write the facts to FILE")
+
+
+def run_info(arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        require_writable(arguments.json, arguments.path)
+    facts = describe(arguments.path, arguments.activation)
+    if arguments.json:
+        write_json(arguments.json, facts)
+    print(as_text(facts))
 
 
 def describe(path: str | os.PathLike, activation: str = "auto") -> dict[str, Any]:
-    """The facts of `info --json`; `kind` is full_clip, text_encoder, vision_encoder, checkpoint, lora, training_state,
-    run or dataset.
+    """Return the facts of `info --json`.
 
-    Every picture of a data set is decoded to find the broken ones. Raises `UserError` for what cannot be read.
+    `kind` is full_clip, text_encoder, vision_encoder, checkpoint, lora, training_state, run or dataset. To find broken
+    images, every image of a dataset is decoded. Raises `UserError` for what cannot be read.
     """
-    place = Path(path)
-    if not os.path.exists(place) and "/" not in str(path):
-        raise UserError(f"{path} does not exist; give a model file, a folder of pictures, or a run folder.")
-    if os.path.isfile(place / "config.json") and os.path.isfile(place / "metrics.jsonl"):
-        return _describe_run(place)
-    if _is_model(place):
+    target = Path(path)
+    if not os.path.exists(target) and "/" not in str(path):
+        raise UserError(f"{path} does not exist; give a model file, a folder of images, or a run folder.")
+    if os.path.isfile(target / "config.json") and os.path.isfile(target / "metrics.jsonl"):
+        return _describe_run(target)
+    if _is_model(target):
         return _describe_model(path, activation)
     return describe_dataset(load_dataset(path))
 
 
-def _is_model(place: Path) -> bool:
-    if os.path.isfile(place):
-        return place.name.endswith(INDEX_SUFFIX) or place.suffix.lower() not in _DATASET_SUFFIXES
-    return not os.path.exists(place) or model_in_folder(place) is not None
+def _is_model(path: Path) -> bool:
+    if os.path.isfile(path):
+        return path.name.endswith(INDEX_SUFFIX) or path.suffix.lower() not in _DATASET_SUFFIXES
+    return not os.path.exists(path) or model_in_folder(path) is not None
 
 
 def _describe_model(path: str | os.PathLike, activation: str) -> dict[str, Any]:
-    """The facts of a model file; those of another kind than a full CLIP in as far as they are known."""
+    """Describe a model file; if it is not a full CLIP, as far as it is understood."""
     if os.path.exists(path):
         contents = read_contents(find_model_source(path).path)
         kind = kind_of(contents.tensors).name
@@ -83,10 +101,9 @@ def _describe_part(path: str | os.PathLike, kind: str, contents: FileContents) -
     if kind == "text_encoder":
         return facts | describe_text_encoder(contents.tensors)
     if kind == "checkpoint":
-        found = text_encoders_in(contents.tensors)
         widths = [
             f"{prefix or 'no prefix'}: {contents.tensors[tokens].shape[-1]} wide"
-            for prefix, tokens in found.items()
+            for prefix, tokens in text_encoders_in(contents.tensors).items()
             if contents.tensors[tokens].ndim == 2
         ]
         return facts | {"text_encoders": widths, "problems": []}
@@ -94,43 +111,45 @@ def _describe_part(path: str | os.PathLike, kind: str, contents: FileContents) -
 
 
 def describe_dataset(dataset: ClipDataset, context_length: int = 77) -> dict[str, Any]:
-    """The facts of a data set; a caption is counted as truncated if it is longer than `context_length` tokens."""
+    """Describe a dataset; a caption counts as truncated if it is longer than `context_length` tokens."""
     from ..data.tools.findings import advice, caption_lengths
     from ..data.tools.inspect import inspect_dataset
 
-    found = inspect_dataset(dataset, context_length=context_length)
-    shortest, median, longest = caption_lengths(found)
-    facts = {
+    inspection = inspect_dataset(dataset, context_length=context_length)
+    shortest, median, longest = caption_lengths(inspection)
+    return {
         "kind": "dataset",
-        "name": found.name,
-        "format": found.format,
-        "reason": found.reason,
-        "images": found.images,
-        "originals": found.originals,
-        "captions": found.captions,
-        "labels": len(found.classes),
+        "name": inspection.name,
+        "format": inspection.format,
+        "reason": inspection.reason,
+        "images": inspection.images,
+        "originals": inspection.originals,
+        "captions": inspection.captions,
+        "labels": len(inspection.classes),
         "caption_tokens": {"shortest": shortest, "median": median, "longest": longest},
-        "truncated_captions": found.truncated_captions,
-        "image_sizes": _sizes(found.sizes.tolist()),
-        "broken": [{"file": item.file, "reason": item.reason} for item in found.broken],
-        "exact_duplicates": [list(group) for group in found.exact_duplicates],
-        "near_duplicates": [list(group) for group in found.near_duplicates],
-        "repeated_captions": [{"pictures": n, "caption": text} for text, n in found.repeated_captions.items()],
-        "without_captions": list(found.without_captions),
-        "unnamed": list(found.unnamed),
-        "classes": dict(found.classes),
-        "notes": list(found.notes),
+        "truncated_captions": inspection.truncated_captions,
+        "image_sizes": _typical_sizes(inspection.sizes.tolist()),
+        "broken": [{"file": item.file, "reason": item.reason} for item in inspection.broken],
+        "exact_duplicates": [list(group) for group in inspection.exact_duplicates],
+        "near_duplicates": [list(group) for group in inspection.near_duplicates],
+        "repeated_captions": [
+            {"images": count, "caption": caption} for caption, count in inspection.repeated_captions.items()
+        ],
+        "without_captions": list(inspection.without_captions),
+        "unnamed": list(inspection.unnamed),
+        "classes": dict(inspection.classes),
+        "notes": list(inspection.notes),
+        "advice": [text.partition("\n")[0].rstrip(":") for text in advice(inspection)],
     }
-    return facts | {"advice": [words.partition("\n")[0].rstrip(":") for words in advice(found)]}
 
 
-def _sizes(sizes: list[list[int]]) -> dict[str, str]:
-    """The smallest, middle and largest of (width, height), by area."""
+def _typical_sizes(sizes: Sequence[Sequence[int]]) -> dict[str, str]:
+    """Return the smallest, median and largest (width, height), by area."""
     ordered = sorted(sizes, key=lambda size: size[0] * size[1])
     if not ordered:
         return {}
-    chosen = {"smallest": ordered[0], "middle": ordered[len(ordered) // 2], "largest": ordered[-1]}
-    return {name: f"{width} x {height}" for name, (width, height) in chosen.items()}
+    typical = {"smallest": ordered[0], "middle": ordered[len(ordered) // 2], "largest": ordered[-1]}
+    return {name: f"{width} x {height}" for name, (width, height) in typical.items()}
 
 
 def _describe_run(folder: Path) -> dict[str, Any]:
@@ -139,26 +158,20 @@ def _describe_run(folder: Path) -> dict[str, Any]:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(
-            f"{folder} holds a damaged run ({one_line(error)}); the weights in it can still be opened."
+            f"The run in {folder} is damaged ({one_line(error)}); the weights in it can still be opened."
         ) from error
-    sound = isinstance(config, dict) and "identity" in config and isinstance(config.get("model", {}), dict)
-    if not sound or not all(isinstance(line, dict) for line in lines):
+    is_run = isinstance(config, dict) and "identity" in config and isinstance(config.get("model", {}), dict)
+    if not is_run or not all(isinstance(line, dict) for line in lines):
         raise UserError(
-            f"{folder} holds files with the names of a run's, but they are another program's; choose another folder."
+            f"{folder} has files named like those of a run, but another program wrote them; choose another folder."
         )
     steps = [line for line in lines if line.get("kind") == "step"]
+    from_config = ("settings", "data", "groups", "device", "precision", "batch_size", "micro_batch", "versions")
     return {
         "kind": "run",
         "file": str(folder),
-        "settings": config.get("settings"),
         "model": config.get("model", {}).get("provenance"),
-        "data": config.get("data"),
-        "groups": config.get("groups"),
-        "device": config.get("device"),
-        "precision": config.get("precision"),
-        "batch_size": config.get("batch_size"),
-        "micro_batch": config.get("micro_batch"),
-        "versions": config.get("versions"),
+        **{key: config.get(key) for key in from_config},
         "steps": len(steps),
         "total_steps": config.get("total_steps"),
         "last_loss": steps[-1].get("loss") if steps else None,
@@ -166,52 +179,57 @@ def _describe_run(folder: Path) -> dict[str, Any]:
     }
 
 
-def in_words(facts: Mapping[str, Any]) -> str:
-    """The same facts for a reader: one line each, tables for settings and groups, other lists cut after ten."""
-    lines = []
-    for name, value in facts.items():
-        words = name.replace("_", " ")
-        if name == "settings" and isinstance(value, Mapping):
-            rows = [{"setting": key} | dict(entry) for key, entry in value.items() if isinstance(entry, Mapping)]
+def as_text(facts: Mapping[str, Any]) -> str:
+    """Return the facts for a reader: a line each, settings and groups as tables, long lists cut."""
+    lines: list[str] = []
+    for key, value in facts.items():
+        title = key.replace("_", " ")
+        if key == "settings" and isinstance(value, Mapping):
+            rows = [
+                {"setting": setting} | dict(entry) for setting, entry in value.items() if isinstance(entry, Mapping)
+            ]
             lines += ["settings:", *_indented(table(rows))]
-        elif name == "groups" and value:
+        elif key == "groups" and value:
             lines += ["groups:", *_indented(table(value))]
         elif isinstance(value, Mapping):
-            for key, inner in value.items():
-                if isinstance(inner, Mapping):
-                    lines.append(f"{words}, {key}: " + ", ".join(f"{k} {v}" for k, v in inner.items()))
-            flat = [f"{key} {_joined(inner)}" for key, inner in value.items() if not isinstance(inner, Mapping)]
-            flat = flat[:_SHOWN] + ([f"… and {len(flat) - _SHOWN} more"] if len(flat) > _SHOWN else [])
-            lines += [f"{words}: {', '.join(flat)}"] if flat else []
+            lines += _mapping_lines(title, value)
         elif isinstance(value, list):
-            lines.append(f"{words}: {len(value)}")
-            lines += [f"  {_item(item)}" for item in value[:10]]
-            lines += [f"  … and {len(value) - 10} more"] if len(value) > 10 else []
+            lines += [f"{title}: {len(value)}", *(f"  {_item_text(item)}" for item in value[:_MOST_ITEMS])]
+            lines += [f"  … and {len(value) - _MOST_ITEMS} more"] if len(value) > _MOST_ITEMS else []
         else:
-            lines.append(f"{words}: {value}")
+            lines.append(f"{title}: {value}")
     return "\n".join(lines)
 
 
-def _joined(value: Any) -> Any:
-    return "; ".join(map(str, value)) if isinstance(value, list) else value
+def _mapping_lines(name: str, values: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"{name}, {key}: " + ", ".join(f"{inner} {item}" for inner, item in value.items())
+        for key, value in values.items()
+        if isinstance(value, Mapping)
+    ]
+    flat = [
+        f"{key} {'; '.join(map(str, value)) if isinstance(value, list) else value}"
+        for key, value in values.items()
+        if not isinstance(value, Mapping)
+    ]
+    if len(flat) > _MOST_ENTRIES:
+        flat[_MOST_ENTRIES:] = [f"… and {len(flat) - _MOST_ENTRIES} more"]
+    return [*lines, f"{name}: {', '.join(flat)}"] if flat else lines
 
 
 def _indented(text: str) -> list[str]:
     return [f"  {line}" for line in text.splitlines()]
 
 
-def _item(item: Any) -> str:
+def _item_text(item: Any) -> str:
     if isinstance(item, list):
         return ", ".join(map(str, item[:5])) + (f", … and {len(item) - 5} more" if len(item) > 5 else "")
     if not isinstance(item, Mapping):
         return str(item)
-    return (
-        f"{item['file']}: {item['reason']}"
-        if "reason" in item
-        else ", ".join(f"{k} {_short(v)}" for k, v in item.items())
-    )
+    if "reason" in item:
+        return f"{item['file']}: {item['reason']}"
+    return ", ".join(f"{key} {_shortened(str(value))}" for key, value in item.items())
 
 
-def _short(value: Any) -> str:
-    text = str(value)
+def _shortened(text: str) -> str:
     return text if len(text) <= 100 else f"{text[:100]}…"

@@ -1,4 +1,4 @@
-"""What the command says on the terminal while it works, and how Ctrl-C ends it."""
+"""What the command prints while it works, and how Ctrl-C ends it."""
 
 from __future__ import annotations
 
@@ -6,94 +6,111 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING
 
-from ..report.tables import time_words
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from ..train.run.results import Progress
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
+    """Print on stderr; stdout is for results."""
     print(text, file=sys.stderr, flush=True)
 
 
-def print_notes(notes: Sequence[str]) -> None:
+def print_notes(notes: Iterable[str]) -> None:
     for note in notes:
-        say(note)
+        print_line(note)
 
 
-def tenths(things: str) -> Callable[[int, int], None]:
-    """Says how far a piece of work is, a line for each tenth."""
-    said = [0]
+def print_tenths(things: str) -> Callable[[int, int], None]:
+    """Return a progress callback (done, total) that prints a line for each tenth."""
+    last_tenth = 0
 
     def count(done: int, total: int) -> None:
-        if (tenth := done * 10 // max(total, 1)) > said[0]:
-            said[0] = tenth
-            say(f"{done} of {total} {things}")
+        nonlocal last_tenth
+        if (tenth := done * 10 // max(total, 1)) > last_tenth:
+            last_tenth = tenth
+            print_line(f"{done} of {total} {things}")
 
     return count
 
 
-class Meter:
-    """One line that is rewritten on a terminal; elsewhere a line for each tenth of the run and each validation."""
+class ProgressLine:
+    """A training's progress: a bar on a terminal, elsewhere a line for each tenth of the run and each validation."""
 
-    def __init__(self):
-        self.rewrites = sys.stderr.isatty()
-        self.open_line = False
-        self.shown = (-1, 0)
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+        self._shown = (-1, 0)
 
-    def __enter__(self):
+    def __enter__(self) -> ProgressLine:
         return self
 
-    def __exit__(self, *exc):
-        self._end_line()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
-    def say(self, note: str) -> None:
-        self._end_line()
-        say(note)
+    def print_line(self, note: str) -> None:
+        tqdm.write(note, file=sys.stderr)
 
-    def show(self, progress) -> None:
-        mark = (progress.step * 10 // max(progress.total_steps, 1), len(progress.validations))
-        if not self.rewrites and mark == self.shown:
+    def show(self, progress: Progress) -> None:
+        if sys.stderr.isatty():
+            self._show_bar(progress)
             return
-        self.shown = mark
-        line = f"step {progress.step}/{progress.total_steps}"
-        if progress.steps:
-            line += f"  loss {progress.steps[-1]['loss']:.4f}  {progress.steps[-1]['pairs_per_second']:.1f} pairs/s"
-            line += f"  {time_words(progress.seconds_left)} left"
-        if progress.validations:
-            last = progress.validations[-1]
-            right = (last["image_to_text_r1"] + last["text_to_image_r1"]) / 2
-            line += f"  validation loss {last['loss']:.4f}, recall at 1 {right:.1%} (step {last['step']})"
-        if self.rewrites:
-            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
-            self.open_line = True
-        else:
-            say(line)
+        tenth = (progress.step * 10 // max(progress.total_steps, 1), len(progress.validations))
+        if tenth != self._shown:
+            self._shown = tenth
+            print_line(f"step {progress.step}/{progress.total_steps}  {_numbers(progress)}")
 
-    def _end_line(self) -> None:
-        if self.open_line:
-            print(file=sys.stderr)
-            self.open_line = False
+    def _show_bar(self, progress: Progress) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=progress.total_steps, initial=progress.step, unit="step", dynamic_ncols=True)
+        self._bar.set_postfix_str(_numbers(progress), refresh=False)
+        self._bar.update(progress.step - self._bar.n)
+
+
+def _numbers(progress: Progress) -> str:
+    parts = []
+    if progress.steps:
+        last = progress.steps[-1]
+        parts.append(f"loss {last['loss']:.4f}  {last['pairs_per_second']:.1f} pairs/s")
+    if progress.validations:
+        last = progress.validations[-1]
+        recall = (last["image_to_text_r1"] + last["text_to_image_r1"]) / 2
+        parts.append(f"validation loss {last['loss']:.4f}, recall at 1 {recall:.1%} (step {last['step']})")
+    return "  ".join(parts)
 
 
 @contextlib.contextmanager
-def stop_between_steps():
-    """Ctrl-C and SIGTERM take effect where the training asks, not in the middle of an optimizer step."""
-    asked: list[int] = []
+def stop_between_steps() -> Iterator[Callable[[], None]]:
+    """Yield a function that raises `KeyboardInterrupt` once Ctrl-C or SIGTERM came.
+
+    The training calls it between steps, so an optimizer step is never interrupted in the middle.
+    """
+    signals: list[int] = []
 
     def check_cancelled() -> None:
-        if asked:
+        if signals:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, lambda *_: asked.append(1)) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {
+        number: signal.signal(number, lambda number, _: signals.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield check_cancelled
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def print_any_letter() -> None:
-    """Windows consoles may not be able to print every caption."""
+def replace_unprintable() -> None:
+    """Print a replacement for letters that a Windows console cannot show, instead of failing."""
     if os.name == "nt":
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):

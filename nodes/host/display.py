@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterable
 
@@ -43,8 +42,9 @@ class Display:
         self._next_preview = began + max(_MIN_PREVIEW_SECONDS, drawing / _MAX_PREVIEW_SHARE)
 
     def note(self, text: str) -> None:
-        """Add a sentence, or a table under a heading, to the node's text."""
-        if text:
+        """Add a sentence to the node's text. Texts of several lines are tables for the report, and are left out: the
+        page would show their first lines, in a proportional font."""
+        if text and "\n" not in text:
             self._notes.add(text)
 
     def notes(self, texts: Iterable[str]) -> None:
@@ -62,15 +62,7 @@ class Display:
     def _send(self, *status: str) -> None:
         if self._node_id is None or PromptServer.instance is None:
             return
-        # The page shows only the first lines, in a proportional font: tables go last, with dots between their columns.
-        sentences = [note for note in self._notes if "\n" not in note]
-        tables = [_without_columns(note) for note in self._notes if "\n" in note]
-        PromptServer.instance.send_progress_text("\n".join([*status, *reversed(sentences), *tables]), self._node_id)
-
-
-def _without_columns(table: str) -> str:
-    lines = [re.sub(r" {2,}", " · ", line.strip()) for line in table.splitlines()]
-    return "\n".join(line for line in lines if line.strip("- ·"))
+        PromptServer.instance.send_progress_text("\n".join([*status, *reversed([*self._notes])]), self._node_id)
 
 
 def to_array(image: torch.Tensor) -> numpy.ndarray:

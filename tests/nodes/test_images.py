@@ -41,7 +41,7 @@ def test_a_loader_and_the_inspection_are_enough_to_queue(comfyui):
     prompt = {"1": node("LoadCLIPDataset", folder="photos"), "2": node("InspectCLIPDataset", dataset=["1", 0])}
     text = succeed(comfyui, prompt)["texts"]["2"]
     assert (
-        text.startswith("photos: ") and "not in this dataset" not in text
+        text.startswith("photos: ") and "not in this data set" not in text
     )  # which is said of the other side of the split
 
 
@@ -96,6 +96,9 @@ def test_cancel_leaves_nothing_behind(comfyui):
 
 
 def test_nothing_to_do_and_an_unknown_class_are_refused(comfyui):
-    for inputs, words in (({}, "nothing to do"), ({"crop": "objects", "only": "unicorn"}, "not know 'unicorn'")):
+    for inputs, words in (
+        ({}, "There is nothing to do"),
+        ({"crop": "objects", "only": "unicorn"}, "does not know 'unicorn'"),
+    ):
         result = comfyui.queue({"1": node("PrepareCLIPImages", folder="photos", **inputs)})
         assert result["status"] == "error" and words in result["error"], result

@@ -12,7 +12,7 @@ from image_folders import captioned, class_folder, labels_folder, noise, turned
 from PIL import Image
 
 from clip_finetune.engine import combine_datasets, load_dataset, split_dataset
-from clip_finetune.engine.cli.info import describe_dataset, in_words
+from clip_finetune.engine.cli.info import as_text, describe_dataset
 from clip_finetune.engine.data.images.decoding import decode
 from clip_finetune.engine.data.tools.findings import advice, report_text
 from clip_finetune.engine.data.tools.inspect import inspect_dataset, sample_images
@@ -251,7 +251,7 @@ def test_the_report_stays_short_and_the_facts_whole(tmp_path):
     facts = describe_dataset(load_dataset(folder))
     assert len(facts["broken"]) == 40 and facts["kind"] == "dataset" and facts["images"] == 60
     assert json.loads(json.dumps(facts)) == facts
-    assert len(in_words(facts).splitlines()) < 60 and "… and 30 more" in in_words(facts)
+    assert len(as_text(facts).splitlines()) < 60 and "… and 30 more" in as_text(facts)
     assert "… and 32 more" in report_text(inspect_dataset(load_dataset(folder)))
 
 

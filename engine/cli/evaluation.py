@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..data.dataset import ClipDataset
 from ..errors import UserError
 from ..notes import Notes
-from .commands import open_data, open_model, require_writable
-from .terminal import print_notes, say
+from .arguments import Commands, add_caption_flags, add_context_length, open_dataset, open_model, require_writable
+from .terminal import print_line, print_notes
 
 if TYPE_CHECKING:
     from ..evaluate.comparison import Comparison
@@ -20,7 +20,52 @@ if TYPE_CHECKING:
     from ..evaluate.suite import ModelResult
 
 
-def run_eval(arguments: argparse.Namespace) -> int:
+def add_commands(commands: Commands) -> None:
+    parser = commands.add(
+        "eval",
+        run_evaluation,
+        "Measure models: zero-shot accuracy where there are labels, retrieval where there are captions.",
+    )
+    add_context_length(parser)
+    parser.add_argument("--model", action="append", default=[], metavar="M", help="can be given several times")
+    parser.add_argument("--baseline", metavar="M", help="the model to compare with")
+    parser.add_argument("--data", metavar="DIR", help="a labelled or captioned dataset")
+    add_caption_flags(parser)
+    parser.add_argument(
+        "--templates",
+        choices=("openai-80", "simple", "none"),
+        help="sentences that a class name is put into (default: openai-80; simple for words written on images)",
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=("whole set", "published"),
+        default="whole set",
+        help="published: also the share of images that find their label among the 48 of a shuffled batch, which was "
+        "published as the accuracy of fine-tunes and is not one",
+    )
+    parser.add_argument(
+        "--typographic",
+        action="store_true",
+        help="also draw wrong words onto the images; in a folder such as SCAM's, use the words that are on them",
+    )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="with --baseline: also judge whether the model is sound, by its embeddings, its weights and what image "
+        "models read from it",
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers to FILE")
+    parser.add_argument("--html", metavar="FILE", help="also write a page with tables and charts to FILE")
+    parser.add_argument(
+        "--selfcheck",
+        action="store_true",
+        help="instead of --data: does OpenAI's ViT-L/14, or --model, reach its published figures on these sets?",
+    )
+    parser.add_argument("--imagenet", metavar="DIR", help="the validation images, in a subfolder for each class")
+    parser.add_argument("--coco", metavar="DIR", help="COCO's images, with Karpathy's dataset_coco.json")
+
+
+def run_evaluation(arguments: argparse.Namespace) -> int:
     from ..data.images.image_cache import ImageCache, user_cache_folder
     from ..evaluate.encoder import EncodingCache
     from ..evaluate.suite import Candidate, Request, evaluate, rows_of
@@ -30,19 +75,19 @@ def run_eval(arguments: argparse.Namespace) -> int:
     if arguments.selfcheck:
         return _selfcheck(arguments)
     _check_arguments(arguments)
-    dataset = _load_attacks(arguments) or open_data(arguments, arguments.data)
+    dataset = _load_attacks(arguments) or open_dataset(arguments, arguments.data)
     if arguments.compare:
         _check_comparable(arguments, dataset)
     files = [("model", file) for file in arguments.model]
     if arguments.baseline:
         files.append(("baseline", arguments.baseline))
     request = Request(templates=arguments.templates, protocol=arguments.protocol, typographic=arguments.typographic)
-    notes = Notes(say)
-    with contextlib.closing(ImageCache(user_cache_folder(), on_note=say)) as cache:
+    notes = Notes(print_line)
+    with contextlib.closing(ImageCache(user_cache_folder(), on_note=print_line)) as cache:
         runtime: Runtime = {"cache": cache, "features": EncodingCache()}
         candidates = (Candidate(role, file, open_model(arguments, file)) for role, file in files)
         results = evaluate(candidates, dataset, request, on_note=notes.add, **runtime)
-        say(f"{dataset.name}: {len(dataset)} images ({dataset.reason})")
+        print_line(f"{dataset.name}: {len(dataset)} images ({dataset.reason})")
         notes.extend(dataset.notes)
         comparisons = _compare(arguments, dataset, notes, runtime) if arguments.compare else {}
     if arguments.json:
@@ -131,7 +176,7 @@ def _write_page(
         notes=tuple(notes),
         samples=sample_images(dataset, 12, side=256),
     )
-    say(f"The page is {write_text(arguments.html, evaluation_report(page))}.")
+    print_line(f"The page is {write_text(arguments.html, evaluation_report(page))}.")
 
 
 def _load_attacks(arguments: argparse.Namespace) -> ClipDataset | None:
@@ -165,8 +210,8 @@ def _selfcheck(arguments: argparse.Namespace) -> int:
     source = (*arguments.model, os.environ.get("CLIP_WEIGHTS") or "ViT-L-14/openai")[0]
     model = open_model(arguments, source)
     print_notes(model.notes)
-    with contextlib.closing(ImageCache(user_cache_folder(), on_note=say)) as cache:
-        found = selfcheck(model, imagenet=imagenet, coco=coco, cache=cache, on_note=say)
+    with contextlib.closing(ImageCache(user_cache_folder(), on_note=print_line)) as cache:
+        found = selfcheck(model, imagenet=imagenet, coco=coco, cache=cache, on_note=print_line)
     print_notes(found.notes)
     if arguments.json:
         write_json(arguments.json, found.as_dict())
