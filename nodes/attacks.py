@@ -77,8 +77,8 @@ class RankCaptions(io.ComfyNode):
                 )
         if len(image) > 1:
             display.note(f"The batch has {len(image)} images; the first is ranked.")
-        model, before = rankings["model"], rankings.get("baseline")
-        display.notes(notes_of(model.notes, None if before is None else before.notes))
+        before = rankings.get("baseline")
+        display.notes(notes_of(rankings["model"].notes, None if before is None else before.notes))
         display.note(_ranking_sentence(rankings))
         chart = to_tensor(rankings_chart(pil_image, rankings))
         return io.NodeOutput(chart, rankings_table(rankings), ui=ui.PreviewImage(chart, cls=cls))
