@@ -70,10 +70,10 @@ class RankCaptions(io.ComfyNode):
         models = {"model": full_clip} if baseline is None else {"model": full_clip, "baseline": baseline}
         rankings: dict[str, Ranking] = {}
         with exclusive_device():
-            for name, model in models.items():
+            for name, full_clip in models.items():
                 check_cancelled()
                 rankings[name] = rank_captions(
-                    model, pil_image, texts.splitlines(), device=torch_device(), features=feature_cache()
+                    full_clip, pil_image, texts.splitlines(), device=torch_device(), features=feature_cache()
                 )
         if len(image) > 1:
             display.note(f"The batch has {len(image)} images; the first is ranked.")
