@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy
 
@@ -11,6 +11,7 @@ from .inspect import Inspection
 _SHOWN = 8  # examples per finding
 _SMALL = 224  # pixels; the image size of most CLIPs
 _UNEVEN = 10  # ratio of the largest class to the smallest
+_BE, _HAVE = ("is", "are"), ("has", "have")
 
 
 def report_text(inspection: Inspection) -> str:
@@ -22,10 +23,7 @@ def report_text(inspection: Inspection) -> str:
 def advice(inspection: Inspection) -> list[str]:
     """Return a paragraph for each finding: what it is, what to do, and examples, one a line."""
     checks = (
-        _broken,
-        _missing,
-        _without_captions,
-        _unnamed,
+        _unusable_images,
         _truncated,
         _exact_duplicates,
         _near_duplicates,
@@ -33,7 +31,7 @@ def advice(inspection: Inspection) -> list[str]:
         _small,
         _uneven,
     )
-    return [finding for check in checks if (finding := check(inspection))]
+    return [finding for check in checks for finding in check(inspection) if finding]
 
 
 # ---- facts -----------------------------------------------------------------------------------------------------------
@@ -72,105 +70,80 @@ def caption_lengths(inspection: Inspection) -> tuple[int, int, int]:
 # ---- findings --------------------------------------------------------------------------------------------------------
 
 
-def _broken(inspection: Inspection) -> str:
+def _unusable_images(inspection: Inspection) -> Iterator[str]:
     missing = set(inspection.missing)
     broken = [f"{item.file}: {item.reason}" for item in inspection.broken if item.file not in missing]
-    return _about_images(
-        broken,
-        "is broken and left out of training",
-        "are broken and left out of training",
-        "Get them again, or remove them:",
-    )
+    yield _about_images(broken, _BE, "broken and left out of training", "Get them again, or remove them:")
+    what_to_do = "Put the files where the captions say, or remove them from the caption file:"
+    yield _about_images(inspection.missing, _HAVE, "a caption but no file", what_to_do)
+    what_to_do = "Nothing can be learned from them; write captions, or remove them:"
+    yield _about_images(inspection.without_captions, _HAVE, "neither caption nor class", what_to_do)
+    what_to_do = "They have no caption; write some to train on them:"
+    yield _about_images(inspection.unnamed, _BE, "in the folder but not in this dataset", what_to_do)
 
 
-def _missing(inspection: Inspection) -> str:
-    return _about_images(
-        inspection.missing,
-        "has a caption but is not there",
-        "have a caption but are not there",
-        "Put the files where the captions say, or remove them from the caption file:",
-    )
-
-
-def _without_captions(inspection: Inspection) -> str:
-    return _about_images(
-        inspection.without_captions,
-        "has neither caption nor class",
-        "have neither caption nor class",
-        "Nothing can be learned from them; write captions, or remove them:",
-    )
-
-
-def _unnamed(inspection: Inspection) -> str:
-    return _about_images(
-        inspection.unnamed,
-        "in the folder is not in this dataset",
-        "in the folder are not in this dataset",
-        "They have no caption; write some to train on them:",
-    )
-
-
-def _truncated(inspection: Inspection) -> str:
+def _truncated(inspection: Inspection) -> Iterator[str]:
     count = inspection.truncated_captions
     if not count:
-        return ""
-    return (
-        f"{_count(count, 'caption')} of {inspection.captions} {_be(count)} longer than the {inspection.context_length} "
-        f"tokens that CLIP reads, and the end is cut off (the longest is that of {inspection.longest_caption}). Put "
-        "what matters first, shorten them, or train a model with context_length 248."
+        return
+    yield (
+        f"{_count(count, 'caption')} of {inspection.captions} {_verb(count, _BE)} longer than the "
+        f"{inspection.context_length} tokens that CLIP reads, and the end is cut off (the longest is that of "
+        f"{inspection.longest_caption}). Put what matters first, shorten them, or train a model with "
+        "context_length 248."
     )
 
 
-def _exact_duplicates(inspection: Inspection) -> str:
+def _exact_duplicates(inspection: Inspection) -> Iterator[str]:
     if not inspection.exact_duplicates:
-        return ""
+        return
     extra = sum(len(group) - 1 for group in inspection.exact_duplicates)
     text = (
         f"{_count(extra, 'image')} too many: the same file is there under several names. Keep one of each and give it "
         "all the captions; otherwise the training treats equal images as different ones:"
     )
-    return _with_examples(text, (" = ".join(_shortened(group)) for group in inspection.exact_duplicates))
+    yield _with_examples(text, (" = ".join(_shortened(group)) for group in inspection.exact_duplicates))
 
 
-def _near_duplicates(inspection: Inspection) -> str:
+def _near_duplicates(inspection: Inspection) -> Iterator[str]:
     if not inspection.near_duplicates:
-        return ""
+        return
     text = (
         f"{_count(len(inspection.near_duplicates), 'group')} of images that look alike (resized, saved again, or shot "
         "in a row). Look at them. If they are one image, keep the best, so that no copy of a training image is used "
         "for validation:"
     )
-    return _with_examples(text, (" ~ ".join(_shortened(group)) for group in inspection.near_duplicates))
+    yield _with_examples(text, (" ~ ".join(_shortened(group)) for group in inspection.near_duplicates))
 
 
-def _repeated_captions(inspection: Inspection) -> str:
+def _repeated_captions(inspection: Inspection) -> Iterator[str]:
     count = inspection.repeated
     if not count:
-        return ""
+        return
     text = (
-        f"{_count(count, 'caption')} {_be(count)} shared by several images. The training counts all of those images as "
-        "correct, but a caption that fits many images teaches little about each. Write what sets them apart:"
+        f"{_count(count, 'caption')} {_verb(count, _BE)} shared by several images. The training counts all of those "
+        "images as correct, but a caption that fits many images teaches little about each. Write what sets them apart:"
     )
     examples = (f"{images} images: {_cut(caption)}" for caption, images in inspection.repeated_captions.items())
-    return _with_examples(text, examples, count)
+    yield _with_examples(text, examples, count)
 
 
-def _small(inspection: Inspection) -> str:
+def _small(inspection: Inspection) -> Iterator[str]:
     count = int((inspection.sizes.min(1) < _SMALL).sum()) if len(inspection.sizes) else 0
     if not count:
-        return ""
-    return (
-        f"{_count(count, 'image')} {'has' if count == 1 else 'have'} a side below {_SMALL} pixels and will be enlarged "
+        return
+    yield (
+        f"{_count(count, 'image')} {_verb(count, _HAVE)} a side below {_SMALL} pixels and will be enlarged "
         "for most CLIPs. This does no harm for drawings and icons; replace photographs by larger ones where you can."
     )
 
 
-def _uneven(inspection: Inspection) -> str:
+def _uneven(inspection: Inspection) -> Iterator[str]:
     classes = inspection.classes
     if len(classes) < 2 or max(classes.values()) < _UNEVEN * max(min(classes.values()), 1):
-        return ""
+        return
     most, fewest = (choose(classes, key=lambda name: classes[name]) for choose in (max, min))
-    return (
+    yield (
         f"The classes are uneven: {most} has {_count(classes[most], 'image')}, {fewest} {classes[fewest]}. The "
         "training sees the large ones more often. Add images to the small ones, or remove some from the large ones."
     )
@@ -179,10 +152,10 @@ def _uneven(inspection: Inspection) -> str:
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
-def _about_images(items: Sequence[str], one: str, several: str, what_to_do: str) -> str:
+def _about_images(items: Sequence[str], verb: tuple[str, str], what: str, what_to_do: str) -> str:
     if not items:
         return ""
-    return _with_examples(f"{_count(len(items), 'image')} {one if len(items) == 1 else several}. {what_to_do}", items)
+    return _with_examples(f"{_count(len(items), 'image')} {_verb(len(items), verb)} {what}. {what_to_do}", items)
 
 
 def _with_examples(text: str, examples: Iterable[str], total: int | None = None) -> str:
@@ -205,5 +178,5 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _be(number: int) -> str:
-    return "is" if number == 1 else "are"
+def _verb(number: int, forms: tuple[str, str]) -> str:
+    return forms[number != 1]

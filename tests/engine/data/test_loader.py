@@ -104,7 +104,7 @@ def test_broken_images_found_later_stop_the_run_and_it_can_resume(tmp_path, monk
     with pytest.raises(UserError, match="of 40 images of noise cannot be used"):
         run(load_dataset(folder), tmp_path / "run")
     result = run(load_dataset(folder), tmp_path / "run", max_broken=0.1)
-    assert result.total_steps == 30 and any("4 training pictures cannot be opened" in note for note in result.notes)
+    assert result.total_steps == 30 and any("4 training images cannot be opened" in note for note in result.notes)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links and long names are POSIX's here")

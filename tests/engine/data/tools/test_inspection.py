@@ -43,7 +43,7 @@ def test_every_kind_of_damage_is_named_with_its_reason(tmp_path):
     assert found.missing == ("e.jpg",) and reasons["e.jpg"] == "the file is not there"
     assert len(found.sizes) == 2 and found.images == 6
     report = report_text(found)
-    assert "3 images are broken" in report and "1 image has a caption but is not there" in report
+    assert "3 images are broken" in report and "1 image has a caption but no file" in report
 
 
 def test_pictures_of_every_kind_are_sound(tmp_path):
