@@ -117,9 +117,9 @@ class TrainingStep:
             self.optimizer.zero_grad(set_to_none=True)
             try:
                 sides = (self._image_side(batch), texts)
-                if done == 0 and hasattr(self.loss, "begin"):
+                if done == 0 and (begin := getattr(self.loss, "begin", None)) is not None:
                     features = [side.features(self.micro_batch, self.callbacks.check_cancelled) for side in sides]
-                    self.loss.begin(*features, self.network.logit_scale, positives)
+                    begin(*features, self.network.logit_scale, positives)
                 loss = batch_gradients(
                     sides,
                     lambda images, texts: self.loss(images, texts, self.network.logit_scale, positives),
