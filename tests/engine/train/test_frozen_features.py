@@ -60,9 +60,7 @@ def losses(result):
 
 @pytest.mark.parametrize("at_once", [1, 4])
 @pytest.mark.parametrize("settings", [{}, BLOCKS, {"gmp": True}, {"gmp": True, **BLOCKS}])
-def test_a_training_is_the_same_with_and_without_cached_features(
-    data, tmp_path, monkeypatch, computed, settings, at_once
-):
+def test_cached_features_change_no_training(data, tmp_path, monkeypatch, computed, settings, at_once):
     """In float64: losses and weights after steps in which every image came several times. With 4 at once the
     second half of a batch of 6 is filled up."""
     monkeypatch.setattr(frozen_features, "_at_once", lambda device, micro_batch: at_once)

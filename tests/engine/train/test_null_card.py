@@ -60,7 +60,7 @@ def plain(step):
     return dataclasses.replace(step, line=line, grad_norm=1.0, by_layer=[1.0] * len(step.by_layer), finite=True)
 
 def encoded_only(encoder, dataset, *, images):  # the null card has no products of float64 matrices
-    texts = encoder.texts([caption for index in range(len(dataset)) for caption in dataset.captions[index]])
+    texts = encoder.encode_texts([caption for index in range(len(dataset)) for caption in dataset.captions[index]])
     recalls = Recalls(0.5, 0.5, 0.5, 1.0)
     return RetrievalResult(len(images.features), len(texts), recalls, recalls, 1.0, ())
 
