@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..clip.full_clip import FullCLIP
 from ..clip.gmp import to_gmp
-from ..clip.network.build import open_clip_configs
+from ..clip.network import open_clip_configs
 from ..data.images.decoding import normalize
 from ..data.loader import Batch
 from ..train.config import TrainConfig

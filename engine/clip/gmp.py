@@ -7,12 +7,11 @@ float64 and round once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..notes import OnNote, ignore_note
 from .full_clip import FullCLIP
 
 FOLDED = "The model was in GmP form; it was folded to plain weights."
@@ -69,7 +68,7 @@ def fold_gmp(full_clip: FullCLIP) -> FullCLIP:
     return full_clip.derive(changed, dropped=dropped, step="GmP folded")
 
 
-def plain_weights(full_clip: FullCLIP, on_note: Callable[[str], None] = lambda note: None) -> FullCLIP:
+def plain_weights(full_clip: FullCLIP, on_note: OnNote = ignore_note) -> FullCLIP:
     """Return the model with plain weights: folded, with a note, if it is in GmP form, else the model itself."""
     if full_clip.parameterization == "linear":
         return full_clip
