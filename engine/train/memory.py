@@ -169,7 +169,7 @@ class StepMemory:
         text = (text if self.trains_text else text.without_backward).times(at_once)
         if at_once == pairs:  # both towers forward, then backward through the text tower and through the vision tower
             beside = max(vision.passing, tensors.largest if tensors.copied else 0)
-            moments = (
+            moments: tuple[int, ...] = (
                 max(vision.kept, vision.forward),
                 vision.kept + max(text.kept + text.passing, text.forward),
                 vision.kept + beside + tensors.gradients - tensors.vision_gradients,

@@ -112,14 +112,14 @@ class TrainingStep:
         """
         self._enter_stage(stage_at(done, self.plan.total_steps, self.config.layers.unfreeze_stages))
         positives = positive_pairs(*(to_device(ids, self.device) for ids in (batch.originals, batch.texts)))
-        texts = Side(self._encode_texts, self.trim(batch.tokens), self.trains_text)
+        texts = Side(self._encode_texts, self.trim(batch.tokens), self._trains(vision=False))
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             try:
                 sides = (self._image_side(batch), texts)
-                if done == 0 and hasattr(self.loss, "begin"):
+                if done == 0 and (begin := getattr(self.loss, "begin", None)) is not None:
                     features = [side.features(self.micro_batch, self.callbacks.check_cancelled) for side in sides]
-                    self.loss.begin(*features, self.network.logit_scale, positives)
+                    begin(*features, self.network.logit_scale, positives)
                 loss = batch_gradients(
                     sides,
                     lambda images, texts: self.loss(images, texts, self.network.logit_scale, positives),
@@ -204,9 +204,9 @@ class TrainingStep:
     def _image_side(self, batch: Batch) -> Side:
         frozen = self.frozen_vision
         if frozen is None:
-            return Side(self.encode_images, batch.images, self.trains_vision)
+            return Side(self.encode_images, batch.images, self._trains(vision=True))
         with self.profile("forward"):
-            return Side(frozen.encode, frozen.inputs(batch, self.micro_batch), self.trains_vision)
+            return Side(frozen.encode, frozen.inputs(batch, self.micro_batch), self._trains(vision=True))
 
     def encode_images(self, images_u8: Tensor) -> Tensor:
         return self.network.encode_image(normalize(to_device(images_u8, self.device), self.network.dtype))
@@ -214,16 +214,8 @@ class TrainingStep:
     def _encode_texts(self, tokens: Tensor) -> Tensor:
         return self.network.encode_text(to_device(tokens, self.device))
 
-    @property
-    def trains_vision(self) -> bool:
-        """Whether anything of the vision tower trains in this stage."""
-        return self._any_trains(vision=True)
-
-    @property
-    def trains_text(self) -> bool:
-        return self._any_trains(vision=False)
-
-    def _any_trains(self, *, vision: bool) -> bool:
+    def _trains(self, *, vision: bool) -> bool:
+        """Return whether anything of the vision tower, or of the text tower, trains in this stage."""
         return any(
             parameter.requires_grad
             for name, parameter in self.weights.masters.items()
@@ -249,8 +241,8 @@ class TrainingStep:
             layers=self.config.layers,
             itemsize=itemsize,
             checkpointed=self.config.memory.activation_checkpointing,
-            trains_vision=self.trains_vision,
-            trains_text=self.trains_text,
+            trains_vision=self._trains(vision=True),
+            trains_text=self._trains(vision=False),
         )
 
     def undo(self, steps: int) -> None:

@@ -88,7 +88,7 @@ def _result_of_the_run(
     with contextlib.ExitStack() as resources:
         trainer = _build_trainer(setup, folder, origins, cache_folder, resources)
         if checkpoint is None:
-            folder.cut_metrics(0)
+            trainer.log.start()
         else:
             trainer.resume(checkpoint)
         del checkpoint  # its tensors
@@ -180,7 +180,7 @@ class Trainer:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint, in a trainer that has done nothing yet."""
-        self.work.load_state(checkpoint.state)
+        self.work.load_state(checkpoint)
         self.writer.resume(checkpoint)
         self.step = checkpoint.step
         self.notes.add(f"The run resumes from step {self.step} of {self.plan.total_steps}.")

@@ -70,7 +70,7 @@ class StepState:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class Checkpoint(StepState):
     """The state of a training after `step` optimizer steps, from which it resumes with the same bits.
 
     `schedule` and `sampler` say where those stood. Both are functions of the seed and the step, so no generator has a
@@ -83,22 +83,18 @@ class Checkpoint:
     metrics_bytes: int
     schedule: Mapping[str, Any]
     sampler: Mapping[str, Any]
-    state: StepState
 
     def as_json(self) -> dict[str, Any]:
         """Return everything but the tensors."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        state: StepState = fields.pop("state")
-        fields |= {"best": self.best and dataclasses.asdict(self.best)}
-        return fields | {"optimizer": state.optimizer, "scaler": state.scaler, "micro_batch": state.micro_batch}
+        values = vars(self) | {"best": self.best and dataclasses.asdict(self.best)}
+        del values["tensors"]
+        return values
 
     @classmethod
-    def from_json(cls, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> Checkpoint:
+    def from_json(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Checkpoint:
         """Put `as_json` and the tensors together again. Raises `KeyError` or `TypeError` for other values."""
-        names = ("optimizer", "scaler", "micro_batch")
-        state = StepState(tensors=tensors, **{name: values.pop(name) for name in names})
-        best = values.pop("best")
-        return cls(state=state, best=best and Best(**best), **values)
+        best = values["best"] and Best(**values["best"])
+        return cls(**{**values, "best": best, "tensors": tensors})
 
 
 def pack(

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...clip.tensor_files import read_contents, write_safetensors
 from ...errors import UserError
-from ...files import PART_SUFFIX, remove_parts, write_json, write_text
+from ...files import PART_SUFFIX, remove_parts, write_json
 from .checkpoints import Checkpoint
 from .lock import LOCK_NAME, FolderLock, lock_folder
 
@@ -80,7 +79,7 @@ class RunFolder:
         A later one is removed too: a crash left it before the pointer moved.
         """
         file = self.path / f"step_{checkpoint.step}.safetensors"
-        write_safetensors(checkpoint.state.tensors, file, {STATE_KEY: json.dumps(checkpoint.as_json())})
+        write_safetensors(checkpoint.tensors, file, {STATE_KEY: json.dumps(checkpoint.as_json())})
         write_json(self.pointer_file, {"file": file.name, "step": checkpoint.step})
         checkpoints = self._checkpoints()
         newest = [file for file in checkpoints if _step_of(file) <= checkpoint.step][:keep]
@@ -110,56 +109,6 @@ class RunFolder:
         """All checkpoint files, the newest step first."""
         files = [file for file in self.path.iterdir() if _CHECKPOINT.match(file.name)]
         return sorted(files, key=_step_of, reverse=True)
-
-    # ---- metrics ---------------------------------------------------------------------------------------------------
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics.jsonl up to the first that a crash cut short."""
-        if not self.metrics_file.is_file():
-            return []
-        lines = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
-        return lines
-
-    def append_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Append all lines to metrics.jsonl, or none of them; raises `UserError` if they cannot be written."""
-        size = self.metrics_bytes()
-        try:
-            with open(self.metrics_file, "a", encoding="utf-8") as file:
-                file.write(_as_jsonl(lines))
-        except OSError as error:
-            if self.metrics_bytes() > size:
-                os.truncate(self.metrics_file, size)
-            raise UserError(
-                f"{self.metrics_file} could not be written ({error.strerror}); free some space or choose a folder that "
-                "you can write to, and start the same run again: it resumes from its last checkpoint."
-            ) from error
-
-    def rewrite_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        write_text(self.metrics_file, _as_jsonl(lines))
-
-    def sync_metrics(self) -> None:
-        """Force the lines to the disk, so that a checkpoint never counts on lines that a crash took."""
-        if self.metrics_file.is_file():
-            with open(self.metrics_file, "rb+") as file:
-                os.fsync(file.fileno())
-
-    def metrics_bytes(self) -> int:
-        return self.metrics_file.stat().st_size if self.metrics_file.is_file() else 0
-
-    def cut_metrics(self, size: int) -> None:
-        """Remove the lines after byte `size`, which a resumed run writes again; the file exists afterwards."""
-        self.append_metrics([])
-        text = self.metrics_file.read_bytes()[:size]
-        os.truncate(self.metrics_file, text.rfind(b"\n") + 1)
-
-
-def _as_jsonl(lines: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def _step_of(checkpoint_file: Path) -> int:

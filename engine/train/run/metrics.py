@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, TypedDict, cast
+from typing import Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
+from ...errors import UserError
+from ...files import write_text
 from ..optim.gradient_norms import GradientNorms
 from .folder import RunFolder
 
@@ -122,21 +127,35 @@ class MetricsLog:
     """
 
     def __init__(self, folder: RunFolder, restore_folder: Callable[[], None] = lambda: None) -> None:
-        self.folder, self.restore_folder = folder, restore_folder
+        self.folder, self.file, self.restore_folder = folder, folder.metrics_file, restore_folder
         self.steps: list[StepLine] = []
         self.validations: list[ValidationLine] = []
         self._unwritten: list[StepLine | ValidationLine] = []
-
-    def read(self) -> None:
-        """Read the lines that are in the file."""
-        lines = self.folder.metrics()
-        self.steps = [cast(StepLine, line) for line in lines if line["kind"] == "step"]
-        self.validations = [cast(ValidationLine, line) for line in lines if line["kind"] == "validation"]
 
     @property
     def last_validated(self) -> int | None:
         """The step of the last validation."""
         return self.validations[-1]["step"] if self.validations else None
+
+    @property
+    def bytes(self) -> int:
+        return self.file.stat().st_size if self.file.is_file() else 0
+
+    def read(self) -> None:
+        """Read the file, up to a line that a crash cut short."""
+        lines = []
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            for line in self.file.read_text(encoding="utf-8").splitlines():
+                lines.append(json.loads(line))
+        self.steps = [line for line in lines if line["kind"] == "step"]
+        self.validations = [line for line in lines if line["kind"] == "validation"]
+
+    def start(self, size: int = 0) -> None:
+        """Start from the first `size` bytes of the file; a resumed run writes the lines after them again."""
+        self._append("")
+        text = self.file.read_bytes()[:size]
+        os.truncate(self.file, text.rfind(b"\n") + 1)
+        self.read()
 
     def add_steps(self, lines: Sequence[StepLine]) -> None:
         self.steps += lines
@@ -148,11 +167,37 @@ class MetricsLog:
         self._unwritten.append(line)
         self.flush()
 
-    def flush(self) -> None:
-        """Write what is not in the file yet. No checkpoint that counts on these lines may be saved before."""
+    def flush(self, *, sync: bool = False) -> None:
+        """Write what is not in the file yet.
+
+        With `sync` it reaches the disk before this returns, so that a checkpoint never counts on lines that a crash
+        took.
+        """
         if self.folder.is_whole():
-            self.folder.append_metrics(self._unwritten)
+            self._append(_as_jsonl(self._unwritten))
         else:
             self.restore_folder()
-            self.folder.rewrite_metrics(sorted([*self.steps, *self.validations], key=lambda line: line["step"]))
+            lines = sorted([*self.steps, *self.validations], key=lambda line: line["step"])
+            write_text(self.file, _as_jsonl(lines))
         self._unwritten = []
+        if sync:
+            with open(self.file, "rb+") as file:
+                os.fsync(file.fileno())
+
+    def _append(self, text: str) -> None:
+        """Append all of the text, or nothing."""
+        size = self.bytes
+        try:
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            if self.bytes > size:
+                os.truncate(self.file, size)
+            raise UserError(
+                f"{self.file} could not be written ({error.strerror}); free some space or choose a folder that you can "
+                "write to, and start the same run again: it resumes from its last checkpoint."
+            ) from error
+
+
+def _as_jsonl(lines: Sequence[StepLine | ValidationLine]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)

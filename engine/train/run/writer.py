@@ -7,9 +7,9 @@ import time
 from ...errors import UserError
 from ..setup import TrainSetup
 from ..step import TrainingStep
-from .best import read_best, write_best
 from .checkpoints import Best, Checkpoint
 from .metrics import MetricsLog
+from .outcome import read_best, write_best
 from .report import write_chart, write_report
 
 
@@ -29,8 +29,7 @@ class RunWriter:
             self.best, _ = read_best(self.folder.best_file)
         if checkpoint.best and self.best is None:
             self.setup.notes.add(f"{self.folder.best_file} was deleted; the best model is searched for anew from here.")
-        self.folder.cut_metrics(checkpoint.metrics_bytes)
-        self.log.read()
+        self.log.start(checkpoint.metrics_bytes)
         if lost := checkpoint.step - len(self.log.steps):
             self.setup.notes.add(f"metrics.jsonl has lost the lines of {lost} steps.")
 
@@ -78,18 +77,17 @@ class RunWriter:
         self.best = best
 
     def _save_checkpoint(self, step: int) -> None:
-        self.log.flush()
-        self.folder.sync_metrics()
+        self.log.flush(sync=True)
         config, plan = self.setup.config, self.setup.plan
         epoch, position = divmod(step, plan.steps_per_epoch)
         checkpoint = Checkpoint(
             step=step,
             total_steps=plan.total_steps,
             best=self.best,
-            metrics_bytes=self.folder.metrics_bytes(),
+            metrics_bytes=self.log.bytes,
             schedule={"name": config.optimizer.schedule, "step": step, "warmup": config.optimizer.warmup},
             sampler={"seed": config.seed, "epoch": epoch, "position": position},
-            state=self.work.state(),
+            **vars(self.work.state()),
         )
         self.folder.save_checkpoint(checkpoint, config.checkpoints.keep_checkpoints)
         self.saved_step, self._last_save = step, time.monotonic()

@@ -1,4 +1,4 @@
-"""What a frozen vision tower, or its frozen blocks, gives is computed once for each picture and changes nothing."""
+"""The output of a frozen vision tower, or of its frozen blocks, is computed once per image: nothing changes by it."""
 
 import pytest
 import torch
@@ -29,14 +29,14 @@ def data(tmp_path):
 
 @pytest.fixture
 def computed(monkeypatch):
-    """(sample, view, features) of each time that the frozen part ran on a picture."""
+    """(sample, view, features) of each time that the frozen part ran on an image."""
     seen, put = [], FeatureCache.put
 
-    def noted(self, sample, view, features):
+    def recorded(self, sample, view, features):
         seen.append((sample, view, features.clone()))
         put(self, sample, view, features)
 
-    monkeypatch.setattr(FeatureCache, "put", noted)
+    monkeypatch.setattr(FeatureCache, "put", recorded)
     return seen
 
 
@@ -60,9 +60,9 @@ def losses(result):
 
 @pytest.mark.parametrize("at_once", [1, 4])
 @pytest.mark.parametrize("settings", [{}, BLOCKS, {"gmp": True}, {"gmp": True, **BLOCKS}])
-def test_a_training_is_the_same_with_and_without(data, tmp_path, monkeypatch, computed, settings, at_once):
-    """In float64: losses and weights after steps in which every picture came several times; with 4 at once the last
-    part of a batch of 6 is filled."""
+def test_cached_features_change_no_training(data, tmp_path, monkeypatch, computed, settings, at_once):
+    """In float64: losses and weights after steps in which every image came several times. With 4 at once the
+    second half of a batch of 6 is filled up."""
     monkeypatch.setattr(frozen_features, "_at_once", lambda device, micro_batch: at_once)
     monkeypatch.setattr(master_weights, "MASTER_DTYPE", torch.float64)
     kept = run(data, tmp_path / "kept", **settings)
@@ -75,7 +75,7 @@ def test_a_training_is_the_same_with_and_without(data, tmp_path, monkeypatch, co
         torch.testing.assert_close(kept.full_clip.state_dict[name], tensor, rtol=1e-9, atol=1e-12)
 
 
-def test_nothing_is_kept_of_a_tower_that_trains(data, tmp_path, computed):
+def test_nothing_is_cached_of_a_tower_that_trains(data, tmp_path, computed):
     run(data, tmp_path / "both", towers="both", epochs=1)
     run(data, tmp_path / "random", horizontal_flip=True, epochs=1)
     run(data, tmp_path / "embeddings", towers="both", freeze_vision_blocks=1, epochs=1)
@@ -84,8 +84,8 @@ def test_nothing_is_kept_of_a_tower_that_trains(data, tmp_path, computed):
 
 @pytest.mark.parametrize("settings", [{}, BLOCKS, {"horizontal_flip": True, "color_jitter": 0.5, "cached_views": 2}])
 @pytest.mark.parametrize("stop", [1, 4, 7])
-def test_a_run_that_goes_on_gets_the_same_bits_with_the_cache_and_without(data, tmp_path, settings, stop):
-    """Pictures come beside others then."""
+def test_a_resumed_run_ends_with_the_same_bits_with_the_cache_and_without(data, tmp_path, settings, stop):
+    """Its images are computed beside others."""
 
     def stops(progress):
         if progress.step == stop:
@@ -102,7 +102,7 @@ def test_a_run_that_goes_on_gets_the_same_bits_with_the_cache_and_without(data, 
             assert same_bits(again.full_clip.state_dict[name], tensor), name
 
 
-def test_runs_share_what_is_kept_until_the_tower_or_a_picture_changes(data, tmp_path, computed):
+def test_runs_share_cached_features_until_the_tower_or_an_image_changes(data, tmp_path, computed):
     cache = tmp_path / "cache"
 
     def new(folder, **options):
@@ -115,33 +115,32 @@ def test_runs_share_what_is_kept_until_the_tower_or_a_picture_changes(data, tmp_
     assert new("another precision", precision="bf16") == 20
     assert new("another tower", seed=1) == 20
     assert new("blocks", **BLOCKS) == 20
-    assert new("another square", resize_mode="pad", background="red") == 20
-    picture = data.path(3)
-    Image.new("RGB", (40, 30), "teal").save(picture)
-    assert new("another picture", data=load_dataset(data.folder)) == 1
+    assert new("another transform", resize_mode="pad", background="red") == 20
+    Image.new("RGB", (40, 30), "teal").save(data.path(3))
+    assert new("another image", data=load_dataset(data.folder)) == 1
 
 
-def test_each_picture_has_so_many_views_and_they_differ(data, tmp_path, computed):
+def test_each_image_has_as_many_views_as_asked_and_they_differ(data, tmp_path, computed):
     run(data, tmp_path / "run", color_jitter=0.8, cached_views=3, epochs=9)
     by_view = {(sample, view): features for sample, view, features in computed}
     assert len(computed) == 60 and set(by_view) == {(sample, view) for sample in range(20) for view in range(3)}
     assert all(not torch.equal(by_view[sample, 0], by_view[sample, 1]) for sample in range(20))
 
 
-def test_what_has_no_room_is_computed_again(data, tmp_path, monkeypatch, computed):
+def test_features_without_room_in_the_cache_are_computed_again(data, tmp_path, monkeypatch, computed):
     monkeypatch.setattr(feature_cache, "MEMORY_BYTES", 7 * 32 * 4)
     run(data, tmp_path / "run")
-    # Of 54 turns, the 7 pictures that came first are in 7 to 7 · 3.
+    # 54 pairs; the 7 images that came first are in 7 to 21 of them.
     assert 54 - 2 * 7 <= len(computed) < 54
 
 
-def test_blocks_that_give_more_than_may_be_kept_run_each_time_and_it_is_said(data, tmp_path, monkeypatch, computed):
+def test_blocks_with_too_much_output_for_the_cache_run_in_every_step(data, tmp_path, monkeypatch, computed):
     monkeypatch.setattr(frozen_features, "MEMORY_BYTES", 1000)
     result = run(data, tmp_path / "run", **BLOCKS)
     assert not computed and any("run in every step" in note for note in result.notes)
 
 
-def test_the_tensors_come_back_from_the_disk_with_their_bits(data, tmp_path):
+def test_cached_tensors_come_back_from_the_disk_with_their_bits(data, tmp_path):
     for dtype, shape in ((torch.float32, (7,)), (torch.bfloat16, (5, 3)), (torch.float64, (2, 2))):
         features = torch.randn(shape, dtype=torch.float64).to(dtype)
         for made_by in ("one", "other"):
@@ -159,7 +158,7 @@ def test_the_tensors_come_back_from_the_disk_with_their_bits(data, tmp_path):
             cache.close()
 
 
-def test_the_pictures_of_the_validation_are_encoded_once(data, tmp_path, monkeypatch):
+def test_validation_images_are_encoded_once_if_the_vision_tower_is_frozen(data, tmp_path, monkeypatch):
     from clip_finetune.engine.evaluate import encoder as encoder_module
 
     images, encoded = encoder_module.Encoder.encode_batches, []

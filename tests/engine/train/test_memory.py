@@ -1,4 +1,4 @@
-"""The forecast of memory against what torch's allocator says of a step."""
+"""The estimate of memory, compared with what torch's allocator says of a step."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from clip_finetune.engine.train.setup import Plan
 from clip_finetune.engine.train.step import TrainingStep, build_weights
 
 CPU = torch.device("cpu")
-# Wide enough that activations and weights weigh, small enough for a test.
+# Wide enough that activations and weights matter, small enough for a test.
 MEDIUM = dataclasses.replace(
     TINY,
     image_size=96,
@@ -61,39 +61,41 @@ def batch_of(pairs, size=MEDIUM.image_size):
         (16, "fp32", False, {"freeze_embeddings": True, "freeze_vision_blocks": 2}),
     ],
 )
-def test_a_step_takes_what_was_foreseen(pairs, precision, gmp, settings):
+def test_a_step_takes_the_estimated_memory(pairs, precision, gmp, settings):
     model = random_clip(MEDIUM)
     work = work_of(to_gmp(model) if gmp else model, pairs, precision, **settings)
     batch = batch_of(pairs)
-    work(batch, 0)  # which makes the optimizer's moments
+    work(batch, 0)  # so that the optimizer has its moments
     work.optimizer.zero_grad()
-    found = work.memory().forecast(pairs, work.micro_batch, LENGTH)
-    foreseen = found.peak - found.weights - found.optimizer
-    assert foreseen == pytest.approx(peak_allocation(lambda: work(batch, 1), CPU), rel=0.1)
+    estimate = work.memory().forecast(pairs, work.micro_batch, LENGTH)
+    estimated = estimate.peak - estimate.weights - estimate.optimizer
+    assert estimated == pytest.approx(peak_allocation(lambda: work(batch, 1), CPU), rel=0.1)
 
 
 @pytest.mark.parametrize("optimizer", ["adabelief", "adamw", "adafactor"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_optimizer_and_the_weights_take_what_was_foreseen(optimizer, precision):
+def test_optimizer_and_weights_take_the_estimated_memory(optimizer, precision):
     work = work_of(to_gmp(random_clip()), 4, precision, optimizer=optimizer)
     work(batch_of(4, TINY.image_size), 0)
     state = [value for kept in work.optimizer.state.values() for value in kept.values()]
     moments = sum(value.nbytes for value in state if isinstance(value, torch.Tensor) and value.dim())
     assert work.memory().tensors.optimizer == pytest.approx(moments, rel=0.001)
     tensors = [*work.trained.values(), *work.network.parameters(), *work.network.buffers()]
-    there = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
-    found = work.memory().forecast(4, 4, LENGTH)
-    assert found.weights == sum(there.values()) and found.gradients == sum(p.nbytes for p in work.trained.values())
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+    estimate = work.memory().forecast(4, 4, LENGTH)
+    assert estimate.weights == sum(sizes.values()) and estimate.gradients == sum(
+        p.nbytes for p in work.trained.values()
+    )
 
 
-def test_what_a_pair_keeps_for_backward_in_a_vit_l_14():
+def test_the_activations_of_a_pair_in_a_vit_l_14():
     """By the formula of the module: 23 blocks of 16 and one of 4 residual streams, and what comes before."""
     vision, text = activations_of(VIT_L_14, LayersConfig(), 4, 77, checkpointed=False)
     stream = 257 * 1024
     assert vision.kept == 4 * ((23 * 16 + 4 + 1) * stream + 3 * 224**2)
     assert text.kept == 4 * (11 * 16 + 4) * 77 * 768
-    less, _ = activations_of(VIT_L_14, LayersConfig(), 2, 77, checkpointed=True)
-    assert less.kept == 2 * (25 * stream + 3 * 224**2)
+    checkpointed, _ = activations_of(VIT_L_14, LayersConfig(), 2, 77, checkpointed=True)
+    assert checkpointed.kept == 2 * (25 * stream + 3 * 224**2)
 
 
 def test_the_micro_batch_is_the_largest_that_fits(monkeypatch):
@@ -108,9 +110,9 @@ def test_the_micro_batch_is_the_largest_that_fits(monkeypatch):
     assert work.memory().fitting_micro_batch(64, CPU) == 1
 
 
-def test_a_process_may_have_a_part_of_a_graphics_card(monkeypatch):
+def test_a_process_that_may_use_part_of_a_gpu_counts_only_that(monkeypatch):
     card, gb = torch.device("cuda", 0), 1e9
-    told = {
+    answers = {
         "mem_get_info": (10 * gb, 24 * gb),
         "memory_reserved": 5 * gb,
         "memory_allocated": 3 * gb,
@@ -121,19 +123,19 @@ def test_a_process_may_have_a_part_of_a_graphics_card(monkeypatch):
         # As in torch, where these two raise ValueError for a device without an index.
         if name.endswith("per_process_memory_fraction") and device.index is None:
             raise ValueError("Expected a torch.device with a specified index")
-        return told[name]
+        return answers[name]
 
-    for name in told:
+    for name in answers:
         monkeypatch.setattr(torch.cuda, name, functools.partial(answer, name), raising=False)
     assert memory.total_bytes(card) == 24 * gb
-    assert memory.free_bytes(card) == pytest.approx(0.9 * (10 + 5 - 3) * gb)  # 2 of the reserved ones are not in use
-    told["get_per_process_memory_fraction"] = 1 / 3
+    assert memory.free_bytes(card) == pytest.approx(0.9 * (10 + 5 - 3) * gb)  # 2 of the reserved 5 are unused
+    answers["get_per_process_memory_fraction"] = 1 / 3
     assert memory.total_bytes(card) == 8 * gb
     assert memory.free_bytes(card) == pytest.approx(0.9 * (8 - 3) * gb)
     assert memory.total_bytes(CPU) is None
 
 
-def test_what_a_training_takes_is_told_and_kept(tmp_path):
+def test_the_estimate_is_noted_and_in_config_json(tmp_path):
     data = load_dataset(labels_folder(tmp_path / "colours", 12))
     config, folder = TrainConfig.from_flat(epochs=1, batch_size=4), tmp_path / "run"
     result = train(random_clip(), data, None, config, run_folder=folder, device="cpu")
@@ -141,7 +143,7 @@ def test_what_a_training_takes_is_told_and_kept(tmp_path):
     assert '"memory_forecast_bytes"' in (folder / "config.json").read_text()
 
 
-def test_a_device_that_is_too_small_is_told_before_the_first_step(tmp_path, monkeypatch):
+def test_a_device_that_is_too_small_is_refused_before_the_first_step(tmp_path, monkeypatch):
     data = load_dataset(labels_folder(tmp_path / "colours", 12))
     monkeypatch.setattr(memory, "total_bytes", lambda device: 10**6)
     with pytest.raises(UserError, match="micro_batch 1, and the device has 0.0 GB; set towers to text, or set opti"):

@@ -46,8 +46,8 @@ WITHOUT_VALUES = """
 import dataclasses, os, sys, traceback
 import torch
 from clip_finetune.engine import cli
-from clip_finetune.engine.evaluate.retrieval import RetrievalResult
-from clip_finetune.engine.train import trainer
+from clip_finetune.engine.evaluate.retrieval import Recalls, RetrievalResult
+from clip_finetune.engine.train import validation
 from clip_finetune.engine.train.run import metrics
 
 item, boolean, isfinite, take = torch.Tensor.item, torch.Tensor.__bool__, torch.isfinite, metrics.PendingSteps.take
@@ -56,17 +56,16 @@ torch.Tensor.__bool__ = lambda tensor: True if tensor.is_cuda else boolean(tenso
 torch.isfinite = lambda tensor: isfinite(tensor) if tensor.is_cuda else torch.ones_like(tensor, dtype=torch.bool)
 
 def plain(step):
-    ones = {"by_group": [1.0] * len(step.by_group), "by_layer": [1.0] * len(step.by_layer)}
-    record = step.record | {"loss": 1.0, "grad_norm": 1.0, "logit_scale": 1.0}
-    return dataclasses.replace(step, record=record, loss=1.0, grad_norm=1.0, finite=True, **ones)
+    line = step.line | {"loss": 1.0, "grad_norm": 1.0, "logit_scale": 1.0}
+    return dataclasses.replace(step, line=line, grad_norm=1.0, by_layer=[1.0] * len(step.by_layer), finite=True)
 
-def encoded_only(encoder, dataset, *, pictures):  # the null card has no products of float64 matrices
-    texts = encoder.texts([caption for index in range(len(dataset)) for caption in dataset.captions[index]])
-    recalls = {"r1": 0.5, "r5": 0.5, "r10": 0.5, "median_rank": 1.0}
-    return RetrievalResult(len(pictures.features), len(texts), recalls, recalls, 1.0, ())
+def encoded_only(encoder, dataset, *, images):  # the null card has no products of float64 matrices
+    texts = encoder.encode_texts([caption for index in range(len(dataset)) for caption in dataset.captions[index]])
+    recalls = Recalls(0.5, 0.5, 0.5, 1.0)
+    return RetrievalResult(len(images.features), len(texts), recalls, recalls, 1.0, ())
 
 metrics.PendingSteps.take = lambda pending: [plain(step) for step in take(pending)]
-trainer.retrieval_of = encoded_only
+validation.retrieval_of = encoded_only
 """
 
 # Some of torch's threads wait for ever, so the process ends at once.

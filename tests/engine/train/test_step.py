@@ -1,4 +1,4 @@
-"""A step never waits for the device: it asks for no value of a tensor that would lie there."""
+"""A step never waits for the device: it never asks for the value of a tensor there."""
 
 import pytest
 import torch
@@ -14,12 +14,12 @@ from clip_finetune.engine.train.losses import LOSSES
 from clip_finetune.engine.train.setup import Plan
 from clip_finetune.engine.train.step import TrainingStep, build_weights
 
-# On CUDA the host waits for each of these: for a value, or for how many there are.
+# On CUDA the host waits for each of these: for a value, or for the number of values.
 WAITS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique", "_unique2"}
 
 
 class Watch(TorchDispatchMode):
-    """Notes the operations of a step for which the host would wait."""
+    """Records the operations for which the host would wait."""
 
     def __init__(self):
         super().__init__()
@@ -62,18 +62,18 @@ def test_a_step_waits_for_nothing(gmp, precision, settings, monkeypatch):
     plan = Plan(device=torch.device("cpu"), precision=precision, batch_size=6, steps_per_epoch=9, total_steps=9)
     step = TrainingStep(build_weights(model, config, plan), config, plan)
     step(batch_of(6), 0)
-    monkeypatch.setattr(step_module, "cut_to_longest", lambda tokens, multiple: tokens[:, :9])  # they are on the host
+    # The tokens are on the host, so their lengths are known without waiting.
+    monkeypatch.setattr(step_module, "cut_to_longest", lambda tokens, multiple: tokens[:, :9])
     with Watch() as watch:
         for done in range(1, 9):
             outcome = step(batch_of(6), done)
-    clipped = (
-        8 if config.optimizer.max_grad_norm else 0
-    )  # clipping asks once where the device is the host, and only there
+    # Clipping asks once a step where the device is the host, and only there.
+    clipped = 8 if config.optimizer.max_grad_norm else 0
     assert watch.count > 1000 and watch.waited == ["_local_scalar_dense"] * clipped
     assert outcome.finite
 
 
-def test_the_watch_sees_what_waits():
+def test_the_watch_sees_operations_that_wait():
     with Watch() as watch:
         values = torch.arange(4.0)
         float(values[2])
