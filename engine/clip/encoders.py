@@ -58,7 +58,7 @@ def text_encoder_state_dict(
     """Return the text tower's tensors under Hugging Face's names, without `logit_scale`; a GmP model is folded.
 
     `dtype` is fp16, bf16 or fp32; None keeps each tensor's own. Raises `UserError` for an activation that image
-    programs would run wrongly, and for weights that are not finite.
+    programs would run wrongly, and for weights of either tower that are not finite.
     """
     _check_text_activation(full_clip.architecture)
     return _tower(full_clip, names.is_text_name, dtype, "text encoder", on_note)
@@ -92,9 +92,9 @@ def _tower(
 ) -> dict[str, Tensor]:
     if dtype == MIXED:
         raise UserError(f"The dtype {MIXED} is one of full CLIPs; for a {what} choose fp16, bf16 or fp32.")
+    require_finite(full_clip, f"The {what} was not exported")
     full_clip = plain_weights(full_clip, on_note)
     tower = {name: tensor for name, tensor in full_clip.state_dict.items() if belongs(name)}
-    require_finite(tower, f"The {what}")
     return cast(names.to_hf(tower), dtype, f"The {what}")
 
 

@@ -52,8 +52,8 @@ def save_huggingface(
         )
     if dtype == MIXED:
         raise UserError(f"The dtype {MIXED} is not one of Hugging Face's; choose fp16, bf16 or fp32.")
+    require_finite(full_clip, f"{folder} was not written")
     full_clip = plain_weights(full_clip, on_note)
-    require_finite(full_clip.state_dict, folder)
     tensors = cast(names.to_hf(full_clip.state_dict), dtype, folder)
     files = {
         "config.json": _json(config_of(architecture, tensors)),
