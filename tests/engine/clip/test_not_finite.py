@@ -1,6 +1,7 @@
 """A model with NaN or infinite values: nothing makes a file or another model of it, unless it replaces them."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
