@@ -21,10 +21,12 @@ from clip_finetune.engine.bench.workload import ARCHITECTURES, peak_allocation, 
 from clip_finetune.engine.clip.gmp import to_gmp
 from clip_finetune.engine.clip.network import random_full_clip
 from clip_finetune.engine.errors import UserError
+from clip_finetune.engine.notes import Notes
 from clip_finetune.engine.train.config import TrainConfig
 from clip_finetune.engine.train.device import resolve_device, resolve_precision
-from clip_finetune.engine.train.memory import forecast, require_memory
-from clip_finetune.engine.train.step import TrainingStep
+from clip_finetune.engine.train.run.results import Callbacks
+from clip_finetune.engine.train.setup import Plan
+from clip_finetune.engine.train.step import TrainingStep, build_weights
 
 
 def trainings(on_gpu: bool, limited: bool) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -60,25 +62,19 @@ def main(arguments: Sequence[str]) -> None:
     for pairs, settings in trainings(on_gpu, limited=limit is not None):
         config = TrainConfig.from_flat(batch_size=pairs, **settings)
         label = ", ".join(f"{key} {value}" for key, value in settings.items()) or "default"
-        step = TrainingStep(
-            to_gmp(model) if config.gmp else model,
-            config,
-            device=device,
-            precision=precision,
-            batch_size=pairs,
-            total_steps=10,
-            say=print,
-        )
+        plan = Plan(device=device, precision=precision, batch_size=pairs, steps_per_epoch=10, total_steps=10)
+        weights = build_weights(to_gmp(model) if config.gmp else model, config, plan)
+        step = TrainingStep(weights, config, plan, callbacks=Callbacks(Notes(print)))
         batch = random_batch(model.architecture, pairs)
-        length = step.cut(batch.tokens).shape[1]
+        length = step.trim(batch.tokens).shape[1]
         try:
-            require_memory(step, pairs, length)
+            step.memory().require(pairs, length, device, ())
         except UserError as error:
             print(f"| {label} | {pairs} | | refused: {error} | | |")
             continue
         step(batch, 0)  # so that the optimizer's state is there
         step.optimizer.zero_grad(set_to_none=True)
-        estimate = forecast(step, pairs, step.micro_batch, length)
+        estimate = step.memory().forecast(pairs, step.micro_batch, length)
         allocated = estimate.weights + estimate.optimizer
         allocated += peak_allocation(functools.partial(step, batch, 1), device)
         print(

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from .errors import UserError
 
+AnyPath = str | os.PathLike[str]
 PART_SUFFIX = ".part"
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> Path:
+def write_text(path: AnyPath, text: str) -> Path:
     """Write a text file whole or not at all, in UTF-8 with "\\n" line ends."""
     # Undecodable bytes of a file name are lone surrogates in Python; they are written as JSON escapes.
     data = text.encode("utf-8", "backslashreplace")
@@ -26,7 +27,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
     return Path(path)
 
 
-def write_json(path: str | os.PathLike[str], value: object) -> Path:
+def write_json(path: AnyPath, value: object) -> Path:
     """Write a value as indented JSON, whole or not at all."""
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 

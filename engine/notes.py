@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
+OnNote = Callable[[str], None]
+
+
+def ignore_note(note: str) -> None:
+    """The default of `on_note`."""
+
 
 class Notes:
     """Notes in the order in which they came, each kept once and passed on to `on_note` at once."""
 
-    def __init__(self, on_note: Callable[[str], None] = lambda note: None) -> None:
+    def __init__(self, on_note: OnNote = ignore_note) -> None:
         self._on_note = on_note
         self._notes: dict[str, None] = {}
 

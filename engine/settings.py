@@ -68,7 +68,7 @@ class SettingInfo:
         """Return the value, an int as a float where a float is wanted. Raises `UserError` for any other."""
         if self.kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not self.kind:
+        if value.__class__ is not self.kind:
             raise UserError(f"{self.name} is {value!r}; it must be {_KIND_NAMES[self.kind]}.")
         if self.choices and value not in self.choices:
             raise UserError(f"{self.name} is {value!r}; choose {' or '.join(self.choices)}.")
@@ -87,9 +87,13 @@ class Settings:
             object.__setattr__(self, name, info.check(getattr(self, name)))
 
 
-@functools.cache
 def setting_infos(cls: type) -> Mapping[str, SettingInfo]:
     """Return the settings of a dataclass by name, in order. Fields that were not made by `setting` are left out."""
+    return _setting_infos(cls)
+
+
+@functools.cache
+def _setting_infos(cls: type) -> Mapping[str, SettingInfo]:
     hints = get_type_hints(cls)
     infos = {}
     for field in dataclasses.fields(cls):

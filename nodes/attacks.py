@@ -70,15 +70,15 @@ class RankCaptions(io.ComfyNode):
         models = {"model": full_clip} if baseline is None else {"model": full_clip, "baseline": baseline}
         rankings: dict[str, Ranking] = {}
         with exclusive_device():
-            for name, model in models.items():
+            for name, full_clip in models.items():
                 check_cancelled()
                 rankings[name] = rank_captions(
-                    model, pil_image, texts.splitlines(), device=torch_device(), features=feature_cache()
+                    full_clip, pil_image, texts.splitlines(), device=torch_device(), features=feature_cache()
                 )
         if len(image) > 1:
             display.note(f"The batch has {len(image)} images; the first is ranked.")
-        model, before = rankings["model"], rankings.get("baseline")
-        display.notes(notes_of(model.notes, None if before is None else before.notes))
+        before = rankings.get("baseline")
+        display.notes(notes_of(rankings["model"].notes, None if before is None else before.notes))
         display.note(_ranking_sentence(rankings))
         chart = to_tensor(rankings_chart(pil_image, rankings))
         return io.NodeOutput(chart, rankings_table(rankings), ui=ui.PreviewImage(chart, cls=cls))

@@ -265,30 +265,3 @@ def _record_binary(data: bytes, seen: dict) -> None:
         seen["texts"][payload[4 : 4 + size].decode()] = payload[4 + size :].decode()
     elif event in _PREVIEWS:
         seen["previews"].append(payload[4:] if event == _PREVIEWS[0] else payload[4 + size :])
-
-
-def load_graph(page, workflow: dict) -> None:
-    """Load a workflow (UI format) into the page and show all of it."""
-    page.evaluate("async graph => { await window.app.loadGraphData(graph, true, true, 'test'); }", workflow)
-    page.wait_for_timeout(800)
-    page.evaluate("""() => { const c = window.app.canvas; c.selectItems?.(window.app.graph.nodes);
-        c.fitViewToSelectionAnimated?.({duration: 1}); c.deselectAll?.(); }""")
-    page.wait_for_timeout(400)
-
-
-def run_from_page(page, timeout: float = 600) -> dict:
-    """Queue what the page shows, as its Run button does; {"status", "detail", "previews": how many came}."""
-    page.evaluate("""() => {
-        const seen = window.__seen = {status: null, detail: null, previews: 0};
-        for (const kind of ['execution_success', 'execution_error', 'execution_interrupted'])
-            window.app.api.addEventListener(kind, e => { seen.status = kind; seen.detail = e.detail; });
-        for (const kind of ['b_preview', 'b_preview_with_metadata'])
-            window.app.api.addEventListener(kind, () => { seen.previews += 1; });
-    }""")
-    with page.expect_response(lambda r: r.request.method == "POST" and r.url.endswith("/prompt")) as answer:
-        page.evaluate("async () => { await window.app.queuePrompt(0); }")
-    if answer.value.status != 200:
-        return {"status": "rejected", "detail": answer.value.json(), "previews": 0}
-    page.wait_for_function("() => window.__seen.status", timeout=timeout * 1000)
-    page.wait_for_timeout(1000)
-    return page.evaluate("() => window.__seen")

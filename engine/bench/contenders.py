@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from ..clip.full_clip import FullCLIP
 from ..clip.gmp import to_gmp
-from ..clip.network.build import open_clip_configs
+from ..clip.network import open_clip_configs
 from ..data.images.decoding import normalize
 from ..data.loader import Batch
 from ..train.config import TrainConfig
 from ..train.device import DTYPES
 from ..train.frozen_features import FrozenFeatures
-from ..train.step import TrainingStep
+from ..train.setup import Plan
+from ..train.step import TrainingStep, build_weights
 
 
 class Step(Protocol):
@@ -57,28 +58,23 @@ class OurStep:
 
     def __init__(self, model: FullCLIP, device: torch.device, batch: Batch, *, precision: str, **settings: Any) -> None:
         config = TrainConfig.from_flat(batch_size=batch.pairs, precision=precision, **settings)
-        self.step = TrainingStep(
-            to_gmp(model) if config.gmp else model,
-            config,
-            device=device,
-            precision=precision,
-            batch_size=batch.pairs,
-            total_steps=1000,
-        )
+        plan = Plan(device=device, precision=precision, batch_size=batch.pairs, steps_per_epoch=1000, total_steps=1000)
+        weights = build_weights(to_gmp(model) if config.gmp else model, config, plan)
+        frozen_vision = None
+        if config.towers == "text":  # every batch comes with its features, so the cache is never asked
+            frozen_vision = FrozenFeatures(weights.network, device, None, None)  # type: ignore[arg-type]  # no cache
+        self.step = TrainingStep(weights, config, plan, frozen_vision=frozen_vision)
         self.optimizer, self.done = self.step.optimizer, 0
-        if config.towers == "text":
-            self._cache_features(batch)
+        self.features = None if frozen_vision is None else self._features(batch)
 
-    def _cache_features(self, batch: Batch) -> None:
+    def _features(self, batch: Batch) -> list[Tensor]:
         """Do as from the second epoch on: the features of the frozen vision tower are cached, and no image is read."""
         with torch.no_grad():
-            self.features = self.step.network.encode_image(self.step.pictures(batch.images)).cpu()
-        # Every batch comes with its features, so the cache is never asked.
-        self.step.frozen_vision = FrozenFeatures(self.step, None, None)  # type: ignore[arg-type]  # no cache
+            return list(self.step.encode_images(batch.images).cpu())
 
     def __call__(self, batch: Batch) -> Tensor:
-        if self.step.frozen_vision is not None:
-            batch = batch._replace(images=batch.images[:0], features=list(self.features), views=[0] * batch.pairs)
+        if self.features is not None:
+            batch = batch._replace(images=batch.images[:0], features=self.features, views=[0] * batch.pairs)
         loss = self.step(batch, self.done).loss
         self.done += 1
         return loss

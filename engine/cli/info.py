@@ -66,7 +66,7 @@ def _describe_model(path: str | os.PathLike, activation: str) -> dict[str, Any]:
     """Describe a model file; if it is not a full CLIP, as far as it is understood."""
     if os.path.exists(path):
         contents = read_contents(find_model_source(path).path)
-        kind = kind_of(contents.tensors).name
+        kind = kind_of(contents.tensors)
         if kind == "unknown":
             raise UserError(
                 f"{path} is not a CLIP: it has neither a text tower nor a vision tower; choose another file."

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..notes import OnNote, ignore_note
 from . import names
 from .architecture import Activation, Architecture
 from .full_clip import FullCLIP
@@ -53,7 +54,7 @@ def require_text_tower(full_clip: FullCLIP, sizes: tuple[int, int, int, int]) ->
 
 
 def text_encoder_state_dict(
-    full_clip: FullCLIP, *, dtype: str | None = None, on_note: Callable[[str], None] = lambda note: None
+    full_clip: FullCLIP, *, dtype: str | None = None, on_note: OnNote = ignore_note
 ) -> dict[str, Tensor]:
     """Return the text tower's tensors under Hugging Face's names, without `logit_scale`; a GmP model is folded.
 
@@ -65,7 +66,7 @@ def text_encoder_state_dict(
 
 
 def vision_encoder_state_dict(
-    full_clip: FullCLIP, *, dtype: str | None = None, on_note: Callable[[str], None] = lambda note: None
+    full_clip: FullCLIP, *, dtype: str | None = None, on_note: OnNote = ignore_note
 ) -> dict[str, Tensor]:
     """Return the vision tower's tensors under Hugging Face's names, as ComfyUI's CLIPVisionLoader reads them.
 
@@ -84,11 +85,7 @@ def vision_encoder_state_dict(
 
 
 def _tower(
-    full_clip: FullCLIP,
-    belongs: Callable[[str], bool],
-    dtype: str | None,
-    what: str,
-    on_note: Callable[[str], None],
+    full_clip: FullCLIP, belongs: Callable[[str], bool], dtype: str | None, what: str, on_note: OnNote
 ) -> dict[str, Tensor]:
     if dtype == MIXED:
         raise UserError(f"The dtype {MIXED} is one of full CLIPs; for a {what} choose fp16, bf16 or fp32.")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 from ..errors import UserError
+from ..files import AnyPath
+from ..notes import OnNote, ignore_note
 from .encoders import text_encoder_state_dict, vision_encoder_state_dict
 from .full_clip import FullCLIP, file_metadata
 from .gmp import plain_weights, to_gmp
@@ -17,14 +18,8 @@ from .huggingface import save_huggingface
 from .lora import export_lora
 from .tensor_files import MIXED, cast, require_safetensors_path, write_safetensors
 
-OnNote = Callable[[str], None]
 
-
-def _ignore(note: str) -> None:
-    pass
-
-
-def save_full_clip(full_clip: FullCLIP, path: str | os.PathLike[str], *, dtype: str | None = None) -> Path:
+def save_full_clip(full_clip: FullCLIP, path: AnyPath, *, dtype: str | None = None) -> Path:
     """Write a full CLIP under OpenAI's names (GmP's if it is in GmP form), with its architecture in the metadata.
 
     `dtype` is fp16, bf16, fp32 or mixed; None keeps each tensor's own. The file is read back and compared before it
@@ -35,14 +30,14 @@ def save_full_clip(full_clip: FullCLIP, path: str | os.PathLike[str], *, dtype: 
 
 
 def export_text_encoder(
-    full_clip: FullCLIP, path: str | os.PathLike[str], *, dtype: str | None = "fp16", on_note: OnNote = _ignore
+    full_clip: FullCLIP, path: AnyPath, *, dtype: str | None = "fp16", on_note: OnNote = ignore_note
 ) -> Path:
     """Write the text tower as ComfyUI, diffusers, Forge and kohya load it; read back and compared likewise."""
     return write_safetensors(text_encoder_state_dict(full_clip, dtype=dtype, on_note=on_note), path, {"format": "pt"})
 
 
 def export_vision_encoder(
-    full_clip: FullCLIP, path: str | os.PathLike[str], *, dtype: str | None = "fp16", on_note: OnNote = _ignore
+    full_clip: FullCLIP, path: AnyPath, *, dtype: str | None = "fp16", on_note: OnNote = ignore_note
 ) -> Path:
     """Write the vision tower as ComfyUI's CLIPVisionLoader loads it; read back and compared likewise."""
     return write_safetensors(vision_encoder_state_dict(full_clip, dtype=dtype, on_note=on_note), path, {"format": "pt"})
@@ -81,34 +76,14 @@ class ExportFormat:
     folder: bool = False
 
 
-def _write_text(full_clip: FullCLIP, path: Path, options: ExportOptions) -> None:
-    export_text_encoder(full_clip, path, dtype=options.dtype, on_note=options.on_note)
-
-
-def _write_vision(full_clip: FullCLIP, path: Path, options: ExportOptions) -> None:
-    export_vision_encoder(full_clip, path, dtype=options.dtype, on_note=options.on_note)
-
-
-def _write_openai(full_clip: FullCLIP, path: Path, options: ExportOptions) -> None:
-    save_full_clip(plain_weights(full_clip, options.on_note), path, dtype=options.dtype)
-
-
-def _write_gmp(full_clip: FullCLIP, path: Path, options: ExportOptions) -> None:
-    save_full_clip(to_gmp(full_clip), path, dtype=options.dtype)
-
-
-def _write_huggingface(full_clip: FullCLIP, path: Path, options: ExportOptions) -> None:
-    save_huggingface(full_clip, path, dtype=options.dtype, on_note=options.on_note)
-
-
 def _write_lora(full_clip: FullCLIP, path: Path, options: ExportOptions) -> None:
-    assert options.baseline is not None, "check_export insists on it"
+    assert options.baseline is not None and options.dtype is not None, "check_export and the default see to it"
     report = export_lora(
         full_clip,
         options.baseline,
         path,
         rank=options.rank,
-        dtype=options.dtype or "fp16",
+        dtype=options.dtype,
         on_progress=options.on_progress,
         check_cancelled=options.check_cancelled,
     )
@@ -120,20 +95,30 @@ EXPORTS: Mapping[str, ExportFormat] = MappingProxyType(
     {
         "text": ExportFormat(
             help="the text tower alone, for ComfyUI, diffusers, Forge and kohya",
-            write=_write_text,
+            write=lambda model, path, o: export_text_encoder(model, path, dtype=o.dtype, on_note=o.on_note),
             default_dtype="fp16",
             text_only=True,
         ),
         "openai": ExportFormat(
-            help="plain weights in one file, to load here again, or in open_clip", write=_write_openai, mixed=True
+            help="plain weights in one file, to load here again, or in open_clip",
+            write=lambda model, path, o: save_full_clip(plain_weights(model, o.on_note), path, dtype=o.dtype),
+            mixed=True,
         ),
         "huggingface": ExportFormat(
-            help="a folder that transformers and diffusers open, with tokenizer", write=_write_huggingface, folder=True
+            help="a folder that transformers and diffusers open, with tokenizer",
+            write=lambda model, path, o: save_huggingface(model, path, dtype=o.dtype, on_note=o.on_note),
+            folder=True,
         ),
         "vision": ExportFormat(
-            help="the vision tower alone, for Load CLIP Vision", write=_write_vision, default_dtype="fp16"
+            help="the vision tower alone, for Load CLIP Vision",
+            write=lambda model, path, o: export_vision_encoder(model, path, dtype=o.dtype, on_note=o.on_note),
+            default_dtype="fp16",
         ),
-        "gmp": ExportFormat(help="in GmP form, to train on with it", write=_write_gmp, mixed=True),
+        "gmp": ExportFormat(
+            help="in GmP form, to train on with it",
+            write=lambda model, path, o: save_full_clip(to_gmp(model), path, dtype=o.dtype),
+            mixed=True,
+        ),
         "lora": ExportFormat(
             help="what the text tower has over the baseline's, as a LoRA",
             write=_write_lora,
@@ -147,13 +132,13 @@ EXPORTS: Mapping[str, ExportFormat] = MappingProxyType(
 
 def export(
     full_clip: FullCLIP,
-    path: str | os.PathLike[str],
+    path: AnyPath,
     *,
     format: str,
     dtype: str | None = None,
     baseline: FullCLIP | None = None,
     rank: int = 32,
-    on_note: OnNote = _ignore,
+    on_note: OnNote = ignore_note,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     check_cancelled: Callable[[], None] = lambda: None,
 ) -> Path:
@@ -176,7 +161,7 @@ def export(
     return Path(path)
 
 
-def check_export(path: str | os.PathLike[str], *, format: str, dtype: str | None, with_baseline: bool) -> None:
+def check_export(path: AnyPath, *, format: str, dtype: str | None, with_baseline: bool) -> None:
     """Raise `UserError` if `export` could not use these arguments, before a model is opened for it."""
     if format not in EXPORTS:
         raise UserError(f"The format {format!r} is not known; choose one of {', '.join(EXPORTS)}.")

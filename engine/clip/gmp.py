@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UserError
+from ..notes import OnNote, ignore_note
 from .full_clip import FullCLIP
 from .health import not_finite, require_finite
 
@@ -85,10 +86,7 @@ def fold_gmp(full_clip: FullCLIP, *, matters: Callable[[str], bool] = lambda nam
 
 
 def plain_weights(
-    full_clip: FullCLIP,
-    on_note: Callable[[str], None] = lambda note: None,
-    *,
-    matters: Callable[[str], bool] = lambda name: True,
+    full_clip: FullCLIP, on_note: OnNote = ignore_note, *, matters: Callable[[str], bool] = lambda name: True
 ) -> FullCLIP:
     """Return the model with plain weights: folded, with a note, if it is in GmP form, else the model itself, unchecked.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import AnyPath
 from . import names
 from .architecture import Architecture, Shape, counted, parameterization_of
 from .full_clip import FullCLIP
@@ -36,7 +36,7 @@ def require_finite(
     full_clip: FullCLIP,
     outcome: str,
     *,
-    file: str | os.PathLike[str] | None = None,
+    file: AnyPath | None = None,
     matters: Callable[[str], bool] = lambda name: True,
 ) -> None:
     """Raise `UserError` if a tensor whose name `matters` holds NaN or infinite values.

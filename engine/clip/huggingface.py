@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import replacing_folder
+from ..files import AnyPath, replacing_folder
+from ..notes import OnNote, ignore_note
 from ..openai import END, MEAN, START, STD, VOCABULARY
 from . import names
 from .architecture import Architecture
@@ -31,11 +31,7 @@ _LAYER_NORM_EPS = 1e-5  # OpenAI's and open_clip's, in every norm
 
 
 def save_huggingface(
-    full_clip: FullCLIP,
-    folder: str | os.PathLike[str],
-    *,
-    dtype: str | None = None,
-    on_note: Callable[[str], None] = lambda note: None,
+    full_clip: FullCLIP, folder: AnyPath, *, dtype: str | None = None, on_note: OnNote = ignore_note
 ) -> Path:
     """Write a folder for transformers' `from_pretrained` (CLIPModel, CLIPProcessor, CLIPTokenizer and their kin).
 
@@ -192,12 +188,7 @@ def _tokenizer_files(context_length: int) -> dict[str, str]:
     words = sorted(tokenizer.encoder, key=tokenizer.encoder.__getitem__)
     vocabulary = [*words[:START], _START_TEXT, _END_TEXT]
     merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
-    special = {
-        "bos_token": _START_TEXT,
-        "eos_token": _END_TEXT,
-        "unk_token": _END_TEXT,
-        "pad_token": _END_TEXT,
-    }
+    special = {"bos_token": _START_TEXT, "eos_token": _END_TEXT, "unk_token": _END_TEXT, "pad_token": _END_TEXT}
     config = {
         "tokenizer_class": "CLIPTokenizer",
         "processor_class": "CLIPProcessor",

@@ -7,13 +7,14 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import UserError, one_line, shown
+from ..files import AnyPath
 from . import names
 from .architecture import ACTIVATIONS, NO_HINTS, Activation, Hints, architecture_from_shapes
 from .full_clip import FullCLIP, read_metadata
@@ -39,7 +40,7 @@ _CONFIGS = ("config.json", "open_clip_config.json")
 
 
 def load_full_clip(
-    source: str | os.PathLike[str],
+    source: AnyPath,
     *,
     activation: Activation | str = "auto",
     context_length: int | None = None,
@@ -81,8 +82,8 @@ def load_full_clip(
 
 def _to_openai_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     kind = kind_of(tensors)
-    if kind.advice:
-        raise UserError(kind.advice)
+    if kind != "full_clip":
+        raise UserError(_OTHER_KINDS[kind])
     try:
         renamed = names.to_openai(tensors)
     except KeyError as error:
@@ -104,71 +105,36 @@ def _to_openai_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # ---- kinds of model files --------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelKind:
-    """What a model file can be: `recognises` its tensors' names; `advice`, a sentence, if it is not a full CLIP."""
-
-    name: str
-    recognises: Callable[[Iterable[str]], bool]
-    advice: str = ""
-
-
-def _starting(*prefixes: str) -> Callable[[Iterable[str]], bool]:
-    return lambda tensor_names: any(name.startswith(prefixes) for name in tensor_names)
-
-
-def _is_lora(tensor_names: Iterable[str]) -> bool:
-    return any(name.startswith("lora_") or ".lora_" in name for name in tensor_names)
+_OTHER_KINDS = {
+    "text_encoder": "this is a text encoder only; merge it into a full CLIP first (MergeTEWithVision, or clip-finetune "
+    "merge).",
+    "vision_encoder": "this is a vision encoder only; merge it into a full CLIP first (clip-finetune merge --vision).",
+    "training_state": "this is the saved state of a training run; open best.safetensors beside it.",
+    "checkpoint": "this is an image model, not a CLIP; take the text encoder out of it and merge that into a full CLIP "
+    "(MergeTEWithVision with the checkpoint's CLIP, or clip-finetune merge --text with this file).",
+    "lora": "this is a LoRA, not a model; apply it to a CLIP in ComfyUI, and merge that (MergeTEWithVision).",
+    "unknown": "this is not a CLIP: it has neither a text tower nor a vision tower; choose another file.",
+}
 
 
-def _has_tokens(tensor_names: Iterable[str]) -> bool:
-    return any(name.endswith("token_embedding.weight") for name in tensor_names)
-
-
-_has_vision = _starting("visual.", "vision_model.")
-_has_text_blocks = _starting("text_model.", "transformer.resblocks.")
-
-# The first that recognises a file is its kind.
-MODEL_KINDS = (
-    ModelKind(
-        "training_state",
-        _starting("optimizer."),
-        "this is the saved state of a training run; open best.safetensors beside it.",
-    ),
-    ModelKind(
-        "checkpoint",
-        _starting("diffusion_model.", "model.diffusion_model.", "double_blocks."),
-        "this is an image model, not a CLIP; take the text encoder out of it and merge that into a full CLIP "
-        "(MergeTEWithVision with the checkpoint's CLIP, or clip-finetune merge --text with this file).",
-    ),
-    ModelKind(
-        "lora",
-        _is_lora,
-        "this is a LoRA, not a model; apply it to a CLIP in ComfyUI, and merge that (MergeTEWithVision).",
-    ),
-    ModelKind("full_clip", lambda found: _has_vision(found) and (_has_tokens(found) or _has_text_blocks(found))),
-    ModelKind(
-        "text_encoder",
-        _has_tokens,
-        "this is a text encoder only; merge it into a full CLIP first (MergeTEWithVision, or clip-finetune merge).",
-    ),
-    ModelKind(
-        "vision_encoder",
-        _has_vision,
-        "this is a vision encoder only; merge it into a full CLIP first (clip-finetune merge --vision).",
-    ),
-    ModelKind(
-        "unknown",
-        lambda tensor_names: True,
-        "this is not a CLIP: it has neither a text tower nor a vision tower; choose another file.",
-    ),
-)
-
-
-def kind_of(tensor_names: Iterable[str]) -> ModelKind:
-    """Return which of MODEL_KINDS a file with tensors of these names is."""
+def kind_of(tensor_names: Iterable[str]) -> str:
+    """Return what a file with these tensors is: full_clip, or one of _OTHER_KINDS."""
     unwrapped = names.unwrapped(dict.fromkeys(tensor_names))
-    return next(kind for kind in MODEL_KINDS if kind.recognises(unwrapped))
+
+    def any_starts(*prefixes: str) -> bool:
+        return any(name.startswith(prefixes) for name in unwrapped)
+
+    if any_starts("optimizer."):
+        return "training_state"
+    if any_starts("diffusion_model.", "model.diffusion_model.", "double_blocks."):
+        return "checkpoint"
+    if any(name.startswith("lora_") or ".lora_" in name for name in unwrapped):
+        return "lora"
+    tokens = any(name.endswith("token_embedding.weight") for name in unwrapped)
+    vision = any_starts("visual.", "vision_model.")
+    if vision and (tokens or any_starts("text_model.", "transformer.resblocks.")):
+        return "full_clip"
+    return "text_encoder" if tokens else "vision_encoder" if vision else "unknown"
 
 
 # ---- from a path or a name to a file ---------------------------------------------------------------------------------
@@ -182,7 +148,7 @@ class ModelSource:
     config: Hints = NO_HINTS
 
 
-def find_model_source(source: str | os.PathLike[str]) -> ModelSource:
+def find_model_source(source: AnyPath) -> ModelSource:
     """Find the file behind a path, a folder, or a name such as `ViT-L-14/openai` or `hf-hub:laion/CLIP-ViT-L-14-…`.
 
     Names download from the hub, once. Raises `UserError` that says what to do.

@@ -18,7 +18,6 @@ file for one `diff_b`, and Forge for a dozen unknown names, so they stay out; th
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import AnyPath
 from ..notes import Notes
 from .architecture import Architecture
 from .encoders import CLIP_G, text_encoder_state_dict, text_sizes
@@ -89,7 +89,7 @@ class LoraReport:
 def export_lora(
     full_clip: FullCLIP,
     baseline: FullCLIP,
-    path: str | os.PathLike[str],
+    path: AnyPath,
     *,
     rank: int = 32,
     dtype: str = "fp16",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import UserError
+from ..files import AnyPath
 from ..notes import Notes
 from . import names
 from .architecture import NO_HINTS, Architecture, Hints, check_shapes
@@ -31,10 +31,7 @@ _MIN_COSINE = 0.5
 
 
 def merge_text_encoder(
-    text_encoder: str | os.PathLike[str] | Mapping[str, Tensor],
-    full_clip: FullCLIP,
-    *,
-    source: str = "the text encoder",
+    text_encoder: AnyPath | Mapping[str, Tensor], full_clip: FullCLIP, *, source: str = "the text encoder"
 ) -> FullCLIP:
     """Return `full_clip` with the text tower of `text_encoder`: a file, a checkpoint that holds one, or its tensors.
 
@@ -58,10 +55,7 @@ def merge_text_encoder(
 
 
 def merge_vision_encoder(
-    vision_encoder: str | os.PathLike[str] | Mapping[str, Tensor],
-    full_clip: FullCLIP,
-    *,
-    source: str = "the vision encoder",
+    vision_encoder: AnyPath | Mapping[str, Tensor], full_clip: FullCLIP, *, source: str = "the vision encoder"
 ) -> FullCLIP:
     """Return `full_clip` with the vision tower of `vision_encoder`: a file for ComfyUI's CLIPVisionLoader, or its
     tensors.
@@ -157,7 +151,7 @@ class _Encoder:
     config: Hints = NO_HINTS
 
 
-def _read(encoder: str | os.PathLike[str] | Mapping[str, Tensor], source: str) -> _Encoder:
+def _read(encoder: AnyPath | Mapping[str, Tensor], source: str) -> _Encoder:
     if isinstance(encoder, Mapping):
         return _Encoder(source, encoder)
     model = find_model_source(encoder)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, one_line, shown
-from ..files import replacing
+from ..files import AnyPath, replacing
 from .architecture import NO_HINTS, Hints
 from .torch_files import PICKLE_MARK, ZIP_MARK, read_torch_file
 
@@ -67,7 +67,7 @@ class ModelFormat:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_contents(path: str | os.PathLike[str], *, in_memory: bool = False) -> FileContents:
+def read_contents(path: AnyPath, *, in_memory: bool = False) -> FileContents:
     """Read a model file in one of MODEL_FORMATS, or a model in several files by its index or one of its shards.
 
     Tensors are memory-mapped unless `in_memory` (except those of torch's format before 1.6). fp8 weights become fp16.
@@ -231,7 +231,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> Path:
+def write_safetensors(tensors: Mapping[str, Tensor], path: AnyPath, metadata: Mapping[str, str]) -> Path:
     """Write a safetensors file beside `path`, read it back, compare every bit, and only then move it to `path`.
 
     After any failure `path` holds what it held before. Raises `UserError` for a name without .safetensors, a full disk,
@@ -243,7 +243,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str
     return path
 
 
-def require_safetensors_path(path: str | os.PathLike[str]) -> Path:
+def require_safetensors_path(path: AnyPath) -> Path:
     """Return the path; raise `UserError` if it does not end in .safetensors, or is a folder."""
     if Path(path).suffix != ".safetensors":
         raise UserError(f"{path} must end in .safetensors.")
@@ -288,7 +288,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def cast(tensors: Mapping[str, Tensor], dtype: str | None, what: str | os.PathLike[str]) -> dict[str, Tensor]:
+def cast(tensors: Mapping[str, Tensor], dtype: str | None, what: AnyPath) -> dict[str, Tensor]:
     """Convert tensors to fp16, bf16 or fp32 (None: keep each dtype); refuse values that would become infinite.
 
     MIXED is OpenAI's own layout, for tensors under OpenAI's names: fp16, but norms, embeddings, `logit_scale` and GmP's

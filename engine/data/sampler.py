@@ -20,7 +20,6 @@ from ..errors import UserError
 from ..settings import Settings, setting
 from .dataset import ClipDataset
 
-POLICIES = ("random", "first", "mixed", "all")
 DEFAULT_TEMPLATE = "a photo of a {}."
 
 

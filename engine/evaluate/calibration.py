@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..clip.full_clip import FullCLIP
 from ..data.dataset import ClipDataset
@@ -19,9 +20,6 @@ from ..errors import UserError
 from .class_names import scored_by_classes, with_classes, with_named_classes
 from .encoder import EncodedImages, Encoder, Runtime, encode_images, require_images
 from .zero_shot import class_features, labels_of, right_classes, sentences_of
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 BINS = 15
 LOWEST, HIGHEST = 0.01, 1000.0  # the range of scales that is searched; CLIP's own is at most 100

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+from PIL.Image import Image
+from typing_extensions import Unpack
 
 from ..clip.full_clip import FullCLIP
 from ..data.dataset import ClipDataset
@@ -26,10 +29,6 @@ from .drift import (
 )
 from .encoder import Encoder, Runtime, ignore_progress, never_cancelled, require_images
 from .geometry import Axes, Geometry, axes_of, embed, geometry_of
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from typing_extensions import Unpack
 
 # Provisional: chosen by reason, not yet checked against images that people judged.
 COLLAPSED = 0.5  # below this share of the baseline's effective rank or separation, most of it is lost
@@ -130,7 +129,11 @@ class Comparison:
             for tower in ("vision", "text")
         }
         models = {"baseline": self.baseline, "model": self.model}
-        return comparison_chart(models, states, layers, title=self.verdict[0])
+        points = {name: {"images": it.points_images, "texts": it.points_texts} for name, it in models.items()}
+        histograms = {
+            name: {"matching": it.histogram_matching, "other": it.histogram_other} for name, it in models.items()
+        }
+        return comparison_chart(points, histograms, states, layers, title=self.verdict[0])
 
     def _state_rows(self) -> Rows:
         heading, rows = "what image models read", []

@@ -9,11 +9,12 @@ import functools
 import hashlib
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import Unpack
 
 from ..clip.full_clip import FullCLIP
 from ..clip.network import build_network
@@ -26,9 +27,6 @@ from ..data.images.transforms import Transform
 from ..data.threads import in_threads
 from ..data.tokenizer import Tokenizer, cut_to_longest
 from ..errors import UserError
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 BATCH = 64
 TRANSFORM_KEY = "pictures"  # in a model's provenance: the transform that it was trained with
@@ -317,12 +315,8 @@ def _digest(dataset: ClipDataset, index: int) -> str:
 @functools.lru_cache(maxsize=200_000)
 def _digest_of(path: str, size: int, mtime_ns: int) -> str:
     """Hash a file; cached by its size and time, because each validation of a run sees the same files."""
-    with open_bytes(path) as file:
-        return _sha256(file)
-
-
-def _sha256(file: BinaryIO) -> str:
     digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
+    with open_bytes(path) as file:
+        while block := file.read(2**20):
+            digest.update(block)
     return digest.hexdigest()

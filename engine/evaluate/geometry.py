@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..clip.full_clip import FullCLIP
 from ..data.dataset import ClipDataset
@@ -19,9 +20,6 @@ from ..errors import UserError
 from .class_names import with_named_classes
 from .encoder import EncodedImages, Encoder, Runtime, encode_images, never_cancelled, require_images
 from .retrieval import relevant_captions
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 BINS = 400  # of the histograms of cosines, from -1 to 1
 # Measures that need every pair of rows use this many rows, drawn with a fixed seed, if there are more.
@@ -120,7 +118,8 @@ def axes_of(embedded: Embedded) -> Axes:
 def geometry_of(embedded: Embedded, axes: Axes, *, check_cancelled: Callable[[], None] = never_cancelled) -> Geometry:
     """Return the numbers of what was encoded, with points on `axes`, which may have been fitted on another model."""
     images, texts, relevant = embedded.images.features, embedded.texts, embedded.relevant
-    matching, others = matching_cosines(images, texts, relevant), other_cosines(images, texts, relevant)
+    matching = matching_cosines(images, texts, relevant)
+    other, deviation = other_cosines(images, texts, relevant)
     notes = list(embedded.images.notes)
     if max(len(images), len(texts)) > MAX_ROWS:
         notes.append(
@@ -131,8 +130,8 @@ def geometry_of(embedded: Embedded, axes: Axes, *, check_cancelled: Callable[[],
         images=len(images),
         texts=len(texts),
         matching=matching.mean().item(),
-        other=others.mean,
-        separation=(matching.mean().item() - others.mean) / max(others.deviation, 1e-12),
+        other=other,
+        separation=(matching.mean().item() - other) / max(deviation, 1e-12),
         similarity_images=mean_similarity(images),
         similarity_texts=mean_similarity(texts),
         effective_rank_images=effective_rank(images),
@@ -219,23 +218,19 @@ def matching_cosines(images_nd: Tensor, texts_md: Tensor, relevant: Sequence[Seq
     return torch.cat([(x * y).sum(1) for x, y in _pairs(images_nd, texts_md, relevant)])
 
 
-class Others(NamedTuple):
-    """Of the cosines of images with texts that are not theirs."""
+def other_cosines(images_nd: Tensor, texts_md: Tensor, relevant: Sequence[Sequence[int]]) -> tuple[float, float]:
+    """Return mean and deviation of the cosines of images with texts that are not theirs.
 
-    mean: float
-    deviation: float
-
-
-def other_cosines(images_nd: Tensor, texts_md: Tensor, relevant: Sequence[Sequence[int]]) -> Others:
-    """Compute by sums over all pairs, less the matching ones: Σx·Σy, and ⟨XᵀX, YᵀY⟩ for the squares."""
+    By sums over all pairs, less the matching ones: Σx·Σy, and ⟨XᵀX, YᵀY⟩ for the squares.
+    """
     matching = matching_cosines(images_nd, texts_md, relevant)
     count = len(images_nd) * len(texts_md) - len(matching)
     if count == 0:
-        return Others(0.0, 0.0)
+        return 0.0, 0.0
     products = (_gram(images_nd) * _gram(texts_md)).sum()
     mean = ((_row_sum(images_nd) @ _row_sum(texts_md)) - matching.sum()).item() / count
     square = (products - matching.square().sum()).item() / count
-    return Others(mean, math.sqrt(max(0.0, square - mean**2)))
+    return mean, math.sqrt(max(0.0, square - mean**2))
 
 
 def histogram_of_others(

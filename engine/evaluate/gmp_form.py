@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from ..clip.full_clip import FullCLIP
 from ..report.comparison_charts import gmp_chart
 from .drift import require_one_architecture
 from .encoder import BrokenModel, default_device, ignore_progress, never_cancelled
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 QUANTILES = (0.05, 0.5, 0.95)  # of r, and of the angles
 THETA_QUANTILES = (0.001, 0.05, 0.5, 0.95, 0.999)

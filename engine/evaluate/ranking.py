@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL.Image import Image
+from typing_extensions import Unpack
 
 from ..clip.full_clip import FullCLIP
 from ..errors import UserError
 from ..report.image_charts import ranking_chart
 from ..report.tables import percent, table
 from .encoder import Encoder, Runtime
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from typing_extensions import Unpack
 
 _MAX_TEXTS = 1000
 

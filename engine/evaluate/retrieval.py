@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..clip.full_clip import FullCLIP
 from ..data.dataset import ClipDataset
@@ -17,10 +19,6 @@ from ..report.charts import bar_chart
 from ..report.tables import percent
 from .class_names import with_named_classes
 from .encoder import EncodedImages, Encoder, Runtime, encode_images, require_images
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from typing_extensions import Unpack
 
 _ROWS, _COLUMNS = 1024, 4096  # one such block of the similarity matrix is in memory at a time
 
@@ -37,7 +35,7 @@ class Recalls:
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalResult:
-    """Recalls in both directions over the whole dataset, and its `contrastive_loss` at the model's temperature."""
+    """Recalls in both directions over the whole dataset, and its contrastive loss at the model's temperature."""
 
     images: int
     captions: int
@@ -131,11 +129,8 @@ def retrieval_of(encoder: Encoder, dataset: ClipDataset, *, images: EncodedImage
         )
     if encoder.device.type == "cuda":
         image_features, text_features = image_features.to(encoder.device), text_features.to(encoder.device)
-    pairs = _Pairs.of(relevant, image_features.device)
-    loss = _Loss(image_features, text_features, pairs, encoder.logit_scale)
-    ranks = _Ranks(image_features, text_features, pairs)
-    _walk(image_features, text_features, loss, ranks)
-    return RetrievalResult(len(image_features), len(text_features), *ranks.recalls(), loss.mean(), tuple(notes))
+    numbers = retrieval_numbers(image_features, text_features, relevant, encoder.logit_scale)
+    return RetrievalResult(len(image_features), len(text_features), *numbers, tuple(notes))
 
 
 def relevant_captions(dataset: ClipDataset, images: EncodedImages) -> tuple[list[str], list[list[int]]]:
@@ -148,32 +143,30 @@ def relevant_captions(dataset: ClipDataset, images: EncodedImages) -> tuple[list
     return list(numbers), relevant
 
 
-def retrieval_metrics(
-    images_nd: Tensor, texts_md: Tensor, relevant: Sequence[Sequence[int]]
-) -> tuple[Recalls, Recalls]:
-    """Return the recalls (image to text, text to image) of unit features; `relevant[i]` are image i's texts.
+def retrieval_numbers(
+    images_nd: Tensor, texts_md: Tensor, relevant: Sequence[Sequence[int]], logit_scale: float
+) -> tuple[Recalls, Recalls, float]:
+    """Return the recalls (image to text, text to image) and the contrastive loss; `relevant[i]` are image i's texts.
 
     A query counts at k if one of its right answers is among the first k (CLIP_benchmark's definition for several
     captions an image). Every wrong answer with at least the same score ranks before a right one: a tie is not a win,
     and the order of equal scores does not matter.
+
+    The loss is the symmetric InfoNCE of the whole dataset as one batch, in float64: each image is compared with all
+    texts and each text with all images, the target spread evenly over the right answers. It does not depend on batches
+    or order, so values of different steps can be compared. `logit_scale` is the factor itself, such as 100.
     """
-    ranks = _Ranks(images_nd, texts_md, _Pairs.of(relevant, images_nd.device))
-    _walk(images_nd, texts_md, ranks)
-    return ranks.recalls()
-
-
-def contrastive_loss(
-    images_nd: Tensor, texts_md: Tensor, relevant: Sequence[Sequence[int]], logit_scale: float
-) -> float:
-    """Return the symmetric InfoNCE loss of the whole dataset as one batch, in float64.
-
-    Each image is compared with all texts and each text with all images; the target is spread evenly over the right
-    answers. `logit_scale` is the factor itself, such as 100. The loss does not depend on batches or order, so values
-    of different steps can be compared.
-    """
-    loss = _Loss(images_nd, texts_md, _Pairs.of(relevant, images_nd.device), logit_scale)
-    _walk(images_nd, texts_md, loss)
-    return loss.mean()
+    pairs = _Pairs.of(relevant, images_nd.device)
+    loss, ranks = _Loss(images_nd, texts_md, pairs, logit_scale), _Ranks(images_nd, texts_md, pairs)
+    for top in range(0, len(images_nd), _ROWS):
+        rows = slice(top, min(top + _ROWS, len(images_nd)))
+        images = images_nd[rows].double()
+        for left in range(0, len(texts_md), _COLUMNS):
+            columns = slice(left, min(left + _COLUMNS, len(texts_md)))
+            scores = images @ texts_md[columns].double().T
+            loss.add(rows, columns, scores)
+            ranks.add(rows, columns, scores)  # last, because it overwrites the scores
+    return _recalls(ranks.of_images), _recalls(ranks.of_texts), loss.mean()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,21 +191,6 @@ class _Pairs:
         return self.images[first:last][inside] - rows.start, texts[inside] - columns.start
 
 
-def _walk(images_nd: Tensor, texts_md: Tensor, *measures: _Loss | _Ranks) -> None:
-    """Give each measure the similarity matrix in float64, block by block, so that memory does not grow with the set.
-
-    A measure may overwrite its block. `_Ranks` does, so it comes last.
-    """
-    for top in range(0, len(images_nd), _ROWS):
-        rows = slice(top, min(top + _ROWS, len(images_nd)))
-        images = images_nd[rows].double()
-        for left in range(0, len(texts_md), _COLUMNS):
-            columns = slice(left, min(left + _COLUMNS, len(texts_md)))
-            scores = images @ texts_md[columns].double().T
-            for measure in measures:
-                measure.add(rows, columns, scores)
-
-
 class _Ranks:
     """The rank of each image's best text among all texts, and of each text's best image."""
 
@@ -231,9 +209,6 @@ class _Ranks:
         wrong = _to_grid(scores).index_put_(self.pairs.within(rows, columns), scores.new_tensor(-math.inf))
         self.of_images[rows] += (wrong >= self.image_best[rows, None]).sum(1)
         self.of_texts[columns] += (wrong >= self.text_best[columns]).sum(0)
-
-    def recalls(self) -> tuple[Recalls, Recalls]:
-        return _recalls(self.of_images), _recalls(self.of_texts)
 
 
 class _Loss:

@@ -9,7 +9,9 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
+
+from typing_extensions import Unpack
 
 from ..clip.full_clip import FullCLIP
 from ..data.dataset import ClipDataset
@@ -23,9 +25,6 @@ from ..report.tables import table
 from .encoder import Encoder, Runtime, encode_images
 from .retrieval import retrieval_of
 from .zero_shot import zero_shot_of
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 Activation = Literal["quick_gelu", "gelu"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
@@ -213,11 +212,6 @@ _IMAGE_FOLDERS = ("", "val2014", "train2017", "val2017")
 _NUMBER = re.compile(r"(\d{12})\.\w+$")
 
 
-class _TestImage(NamedTuple):
-    name: str
-    captions: str  # one a line
-
-
 def karpathy_test(folder: str | os.PathLike) -> ClipDataset | None:
     """Return the 5,000 test images of the split whose file is in COCO's folder; None if there is no such file.
 
@@ -244,8 +238,11 @@ def karpathy_test(folder: str | os.PathLike) -> ClipDataset | None:
     )
 
 
-def _test_images(file: Path) -> Iterator[_TestImage]:
-    """Read {"images": [{"filepath", "filename", "split", "sentences": [{"raw"}]}]} or [{"image", "caption": […]}]."""
+def _test_images(file: Path) -> Iterator[tuple[str, str]]:
+    """Yield names and captions (one a line).
+
+    Reads {"images": [{"filepath", "filename", "split", "sentences": [{"raw"}]}]} or [{"image", "caption": […]}].
+    """
     try:
         with open(file, encoding="utf-8") as stream:
             content = json.load(stream)
@@ -253,13 +250,13 @@ def _test_images(file: Path) -> Iterator[_TestImage]:
             for record in content["images"]:
                 if record["split"] == TEST:
                     name = "/".join(filter(None, (record.get("filepath"), record["filename"])))
-                    yield _TestImage(name, caption_lines([sentence["raw"] for sentence in record["sentences"]]))
+                    yield name, caption_lines([sentence["raw"] for sentence in record["sentences"]])
             return
         for record in content:
             name, captions = record["image"], record["caption"]
             if not isinstance(name, str):
                 raise TypeError(f"{shown(name)} is not the name of an image")
-            yield _TestImage(name, caption_lines([captions] if isinstance(captions, str) else captions))
+            yield name, caption_lines([captions] if isinstance(captions, str) else captions)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is not Karpathy's split of COCO ({one_line(error)}); download it again.") from error
 

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+from PIL.Image import Image
+from typing_extensions import Unpack
 
 from ..clip.full_clip import FullCLIP
 from ..data.dataset import ClipDataset
@@ -22,10 +24,6 @@ from .class_names import has_classes, with_classes
 from .encoder import BrokenModel, EncodedImages, Encoder, Runtime, encode_images, require_images
 from .typographic import attack, examples
 from .typographic.photographed import attacks_in
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from typing_extensions import Unpack
 
 BASELINE = "baseline"
 
@@ -217,23 +215,16 @@ def evaluate(
     results, notes = [], Notes(on_note)
     for role, file, full_clip in candidates:
         encoder = Encoder.of(full_clip, **runtime)
-        with _naming(file):
+        try:
             images = encode_images(encoder, dataset)
             measured = {each.name: each.run(encoder, dataset, request, images) for each in evaluators}
+        except BrokenModel as error:  # of several models, say which
+            raise BrokenModel(f"{file}: {error}" if file else str(error)) from error
         counts = [result.images for name, result in measured.items() if name != TYPOGRAPHIC.name]  # it counts attacks
         results.append(ModelResult(role, file, counts[-1] if counts else len(images.samples), measured))
         for result in measured.values():
             notes.extend((*full_clip.notes, *result.notes))
     return results
-
-
-@contextlib.contextmanager
-def _naming(file: str | None) -> Iterator[None]:
-    """Say which of several models is broken."""
-    try:
-        yield
-    except BrokenModel as error:
-        raise BrokenModel(f"{file}: {error}" if file else str(error)) from error
 
 
 def rows_of(results: Sequence[ModelResult]) -> Rows:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+from PIL.Image import Image
+from typing_extensions import Unpack
 
 from ..clip.blend import blend
 from ..clip.full_clip import FullCLIP
@@ -18,10 +21,6 @@ from .drift import require_one_architecture
 from .encoder import Runtime, ignore_progress, require_images
 from .retrieval import eval_retrieval
 from .zero_shot import eval_zero_shot
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from typing_extensions import Unpack
 
 ALLOWED_LOSS = 0.01  # of the baseline's score on the general dataset
 STEPS = 11

@@ -7,11 +7,13 @@ import dataclasses
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import Unpack
 
 from ..clip.full_clip import FullCLIP
 from ..data.dataset import ClipDataset
@@ -21,10 +23,6 @@ from ..report.tables import Rows, percent
 from .class_names import with_classes
 from .encoder import BATCH, EncodedImages, Encoder, Runtime, encode_images, require_images
 from .intervals import bootstrap_interval, difference_interval
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from typing_extensions import Unpack
 
 TEMPLATES = ("openai-80", "simple", "none", "custom")
 PROTOCOLS = ("whole set", "published")

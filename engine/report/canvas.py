@@ -6,10 +6,11 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from PIL.Image import Image
 
 DPI = 100
 GROUND, INK, FAINT = "#20232a", "#e8e8e8", "#4a4f5a"
@@ -57,10 +58,9 @@ def add_legend(axes: Axes, *, size: float = 13, **options: Any) -> None:
         text.set(color=INK, parse_math=False)
 
 
-def figure_to_image(figure: Figure) -> Image:
+def figure_to_image(figure: Figure) -> Image.Image:
     """Draw the figure; the image is RGB."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image
 
     drawn = figure.canvas
     assert isinstance(drawn, FigureCanvasAgg)

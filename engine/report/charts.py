@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from PIL.Image import Image
+
 from .canvas import (
     BLUE,
     GREEN,
@@ -25,7 +27,6 @@ from .canvas import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from PIL.Image import Image
 
 _SIZE = (7.68, 4.8)  # inches
 _BARS_WIDTH, _BARS_HEIGHT, _ROW_HEIGHT = 8.92, 4.0, 0.42  # inches; as wide as four images of a contact sheet

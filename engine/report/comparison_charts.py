@@ -6,29 +6,19 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from PIL.Image import Image
+
 from .canvas import BLUE, GREEN, GREY, INK, ORANGE, add_legend, canvas, dress, figure_to_image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from PIL.Image import Image
 
 _LARGE = (10.24, 9.0)
 _LETTERS = 12
 _POSITION_COLOURS = {"start": GREY, "words": BLUE, "end": ORANGE, "padding": GREEN}
-
-
-class GeometryNumbers(Protocol):
-    """What is drawn of one model's embeddings: points on shared axes, counts of cosines in equal bins from -1 to 1."""
-
-    @property
-    def points_images(self) -> Sequence[tuple[float, float]]: ...
-    @property
-    def points_texts(self) -> Sequence[tuple[float, float]]: ...
-    @property
-    def histogram_matching(self) -> Sequence[int]: ...
-    @property
-    def histogram_other(self) -> Sequence[int]: ...
+Points = Sequence[tuple[float, float]]
+SweepPoints = Sequence[tuple[float, float, float | None]]  # alpha, score, general score
 
 
 class LayerNumbers(Protocol):
@@ -51,19 +41,9 @@ class LayerNumbers(Protocol):
     def theta_histogram(self) -> Sequence[int]: ...
 
 
-class SweepPoint(Protocol):
-    """A blend and its scores (0 to 1); `general` is None without a general dataset."""
-
-    @property
-    def alpha(self) -> float: ...
-    @property
-    def score(self) -> float: ...
-    @property
-    def general(self) -> float | None: ...
-
-
 def comparison_chart(
-    models: Mapping[str, GeometryNumbers],
+    points: Mapping[str, Mapping[str, Points]],
+    histograms: Mapping[str, Mapping[str, Sequence[int]]],
     states: Mapping[str, Mapping[str, float]],
     layers: Mapping[str, Sequence[float]],
     *,
@@ -71,12 +51,13 @@ def comparison_chart(
 ) -> Image:
     """Draw four panels for the models "baseline" and "model".
 
-    `states[name][position]` and `layers[tower]` by depth are relative changes (0 for none).
+    `points[model]` are images and texts on shared axes, `histograms[model]` the cosines of matching and other pairs in
+    equal bins from -1 to 1. `states[name][position]` and `layers[tower]` by depth are relative changes (0 for none).
     """
     figure = _titled(_LARGE, title)
-    ((points, cosines), (read, weights)) = figure.subplots(2, 2)
-    _draw_points(points, models)
-    _draw_histograms(cosines, models)
+    ((cloud, cosines), (read, weights)) = figure.subplots(2, 2)
+    _draw_points(cloud, points)
+    _draw_histograms(cosines, histograms)
     _draw_states(read, states)
     _draw_layers(weights, layers)
     return figure_to_image(figure)
@@ -88,10 +69,9 @@ def _titled(size: tuple[float, float], title: str) -> Figure:
     return figure
 
 
-def _draw_points(axes: Axes, models: Mapping[str, GeometryNumbers]) -> None:
-    for model, numbers in models.items():
-        kinds = (("images", numbers.points_images, "o", BLUE), ("texts", numbers.points_texts, "s", ORANGE))
-        for kind, points, marker, colour in kinds:
+def _draw_points(axes: Axes, models: Mapping[str, Mapping[str, Points]]) -> None:
+    for model, kinds in models.items():
+        for (kind, points), marker, colour in zip(kinds.items(), "os", (BLUE, ORANGE), strict=True):
             if points:
                 xs, ys = zip(*points, strict=True)
                 size, label = 26 if len(points) <= 200 else 12, f"{kind}, {model}"
@@ -104,12 +84,11 @@ def _draw_points(axes: Axes, models: Mapping[str, GeometryNumbers]) -> None:
     _legend_above(axes, 0.25, ncols=2)
 
 
-def _draw_histograms(axes: Axes, models: Mapping[str, GeometryNumbers]) -> None:
+def _draw_histograms(axes: Axes, models: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
     """Draw each as a density of its own pairs, so that few matching pairs are visible beside many others."""
     low, high = 1.0, -1.0
-    for model, numbers in models.items():
-        pairs = (("matching", numbers.histogram_matching, GREEN), ("other", numbers.histogram_other, ORANGE))
-        for kind, counts, colour in pairs:
+    for model, pairs in models.items():
+        for (kind, counts), colour in zip(pairs.items(), (GREEN, ORANGE), strict=True):
             total = sum(counts)
             if not total:
                 continue
@@ -263,7 +242,7 @@ def _count_blocks(*by_depth: Axes) -> None:
 
 
 def sweep_chart(
-    points: Sequence[SweepPoint],
+    points: SweepPoints,
     best: float,
     *,
     measure: str,
@@ -277,16 +256,15 @@ def sweep_chart(
     """
     figure = _titled((10.24, 5.4) if general_measure else (7.68, 5.4), title)
     panels = figure.subplots(1, 2 if general_measure else 1, squeeze=False)[0]
-    alphas = [point.alpha for point in points]
-    chosen = next(point for point in points if point.alpha == best)
+    alphas, scores, general = ([value or 0.0 for value in column] for column in zip(*points, strict=True))
+    chosen = alphas.index(best)
     star: dict[str, Any] = {"color": GREEN, "marker": "*", "markersize": 18, "linestyle": "none"}
-    _curve(panels[0], alphas, [point.score for point in points], BLUE, f"this data: {measure}")
-    panels[0].plot(best, 100 * chosen.score, label=f"best: alpha {best:g}", **star)
+    _curve(panels[0], alphas, scores, BLUE, f"this data: {measure}")
+    panels[0].plot(best, 100 * scores[chosen], label=f"best: alpha {best:g}", **star)
     if general_measure:
-        general = [point.general or 0.0 for point in points]
         _curve(panels[0], alphas, general, ORANGE, f"general: {general_measure}")
         _draw_trade_off(panels[1], points, floor)
-        panels[1].plot(100 * (chosen.general or 0.0), 100 * chosen.score, **star)
+        panels[1].plot(100 * general[chosen], 100 * scores[chosen], **star)
     dress(panels[0], "From the baseline (0) to the model (1)", _LETTERS)
     panels[0].set_xlabel("alpha", color=INK)
     panels[0].set_ylabel("percent", color=INK)
@@ -300,14 +278,14 @@ def _curve(axes: Axes, xs: Sequence[float], shares: Sequence[float], colour: str
     axes.plot(xs, [100 * share for share in shares], color=colour, marker="o", linewidth=2, markersize=5, label=label)
 
 
-def _draw_trade_off(axes: Axes, points: Sequence[SweepPoint], floor: float | None) -> None:
+def _draw_trade_off(axes: Axes, points: SweepPoints, floor: float | None) -> None:
     dress(axes, "Up: better on this data. Right: better in general", _LETTERS)
-    places = [(100 * (point.general or 0.0), 100 * point.score) for point in points]
+    places = [(100 * (general or 0.0), 100 * score) for _, score, general in points]
     axes.plot(*zip(*places, strict=True), color=GREY, marker="o", linewidth=1.5, markersize=5)
-    ends = {points[0].alpha: "baseline", points[-1].alpha: "model"}
+    ends = {points[0][0]: "baseline", points[-1][0]: "model"}
     labels: dict[tuple[float, float], list[str]] = {}  # several blends may score the same
-    for point, place in zip(points, places, strict=True):
-        labels.setdefault(place, []).append(ends.get(point.alpha, f"{point.alpha:g}"))
+    for (alpha, *_), place in zip(points, places, strict=True):
+        labels.setdefault(place, []).append(ends.get(alpha, f"{alpha:g}"))
     middle = sum(x for x, _ in labels) / len(labels)
     for place, names in labels.items():
         label = ", ".join(names) if len(names) < 4 else f"{names[0]} to {names[-1]}"

@@ -5,26 +5,21 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .canvas import GROUND, INK
-
-if TYPE_CHECKING:
-    from PIL import ImageFont
-    from PIL.Image import Image
 
 _SIDE, _GAP = 208, 12  # pixels: of an image, between images
 _LINES, _LETTER_SIZE = 4, 13  # of a caption
 _MAX_LETTERS = 400  # more are never drawn, so more are not measured
 
 
-def contact_sheet(images: Sequence[tuple[Image, str]], *, columns: int = 6) -> Image:
+def contact_sheet(images: Sequence[tuple[Image.Image, str]], *, columns: int = 6) -> Image.Image:
     """Return (image, caption) pairs of any size as one RGB sheet with up to `columns` in a row.
 
     Captions are wrapped and cut to four lines. Letters that the font lacks become boxes.
     """
-    from PIL import Image, ImageDraw, ImageOps
-
     columns = max(1, min(columns, len(images)))
     rows = max(1, -(-len(images) // columns))
     line_height = _LETTER_SIZE + 4
@@ -82,7 +77,6 @@ def _drawable(text: str) -> str:
 def font() -> ImageFont.FreeTypeFont:
     """Return DejaVu Sans, which comes with matplotlib and has far more letters than Pillow's own font."""
     import matplotlib
-    from PIL import ImageFont
 
     file = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
     return ImageFont.truetype(file, _LETTER_SIZE, layout_engine=ImageFont.Layout.BASIC)

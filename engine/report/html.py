@@ -10,16 +10,14 @@ import functools
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import jinja2
+from markupsafe import Markup
+from PIL.Image import Image
 
 from .tables import Rows
 
-if TYPE_CHECKING:
-    import jinja2
-    from markupsafe import Markup
-    from PIL.Image import Image
-
-MAX_BYTES = 2_000_000  # of a page, roughly
 _MAX_LETTERS, _MAX_ROWS = 2000, 500  # of one text; of one table
 _IMAGE_BYTES = 1_500_000  # for all images of a page together, as base64
 _CHART_BYTES, _THUMBNAIL_BYTES = 250_000, 25_000
@@ -55,8 +53,6 @@ class PageImages:
         return self._figure(small, _THUMBNAIL_BYTES, photo=True)
 
     def _figure(self, image: Image, limit: int, *, photo: bool) -> Figure:
-        from markupsafe import Markup
-
         data, form = _compressed(image, limit, photo=photo)
         uri = f"data:image/{form};base64,{base64.b64encode(data).decode('ascii')}"
         if len(uri) > self.bytes_left:
@@ -67,18 +63,18 @@ class PageImages:
 
 def _compressed(image: Image, limit: int, *, photo: bool) -> tuple[bytes, str]:
     """Return bytes and format: PNG for drawings, JPEG for photos and for what would be larger than `limit`."""
-    if not photo and len(data := _saved(image, "PNG")) <= limit:
+
+    def saved(form: str, **options: int) -> bytes:
+        file = io.BytesIO()
+        image.save(file, form, **options)
+        return file.getvalue()
+
+    if not photo and len(data := saved("PNG")) <= limit:
         return data, "png"
     for quality in _QUALITIES:
-        if len(data := _saved(image, "JPEG", quality=quality)) <= limit:
+        if len(data := saved("JPEG", quality=quality)) <= limit:
             break
     return data, "jpeg"
-
-
-def _saved(image: Image, form: str, **options: int) -> bytes:
-    file = io.BytesIO()
-    image.save(file, form, **options)
-    return file.getvalue()
 
 
 def render(template: str, **values: Any) -> str:
@@ -88,8 +84,6 @@ def render(template: str, **values: Any) -> str:
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    import jinja2
-
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -105,8 +99,6 @@ def _environment() -> jinja2.Environment:
 
 def _printable(value: object) -> str | Markup:
     """Cut long texts, and replace half surrogates, which come from damaged file names. Jinja2 escapes the result."""
-    from markupsafe import Markup
-
     if isinstance(value, Markup):
         return value
     text = str(value)

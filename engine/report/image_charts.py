@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw
 
 from .canvas import GROUND, INK, add_legend, canvas, colours_of, dress, figure_to_image, shortened
 from .contact_sheet import contact_sheet, font, wrapped
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 _MAX_TEXTS, _LINE_LETTERS = 12, 44
 
 
-def chart_with_sheet(chart: Image, images: Sequence[tuple[Image, str]], heading: str) -> Image:
+def chart_with_sheet(chart: Image.Image, images: Sequence[tuple[Image.Image, str]], heading: str) -> Image.Image:
     """Put a sheet of (image, caption) pairs under a heading below a chart; without images, return the chart."""
-    from PIL import Image
-
     if not images:
         return chart
     line = _heading(heading, chart.width)
@@ -32,13 +28,13 @@ def chart_with_sheet(chart: Image, images: Sequence[tuple[Image, str]], heading:
 
 
 def ranking_chart(
-    image: Image,
+    image: Image.Image,
     texts: Sequence[str],
     shares: Mapping[str, Sequence[float]],
     cosines: Mapping[str, Sequence[float]],
     *,
     title: str = "",
-) -> Image:
+) -> Image.Image:
     """Draw an image beside the shares (0 to 1) that each model, by its name, gives the texts, in their order.
 
     The cosine stands behind each bar. Only the first twelve texts are drawn; the title says so.
@@ -73,9 +69,7 @@ def _percent(value: float) -> str:
     return f"{value:.1f} %" if value >= 0.05 or value == 0 else "<0.1 %"
 
 
-def _heading(text: str, width: int) -> Image:
-    from PIL import Image, ImageDraw
-
+def _heading(text: str, width: int) -> Image.Image:
     lines = wrapped(text, width - 24, 2)
     strip = Image.new("RGB", (width, 10 + 20 * max(1, len(lines))), GROUND)
     draw = ImageDraw.Draw(strip)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL.Image import Image
 
 from .charts import learning_rate_chart, loss_chart, recall_chart
 from .html import render
 from .tables import Rows, time_words
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 _MAX_STEPS = 100  # in the table of steps
 _MEASURES = (

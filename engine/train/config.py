@@ -78,14 +78,13 @@ class TrainConfig(Settings):
     @classmethod
     def from_flat(cls, **values: Any) -> TrainConfig:
         """Make a config from settings of any section, by name. Raises `UserError` for an unknown name."""
-        top: dict[str, Any] = {}
-        sections: dict[str, dict[str, Any]] = {}
+        by_section: dict[str, dict[str, Any]] = {section: {} for section in ("", *SECTIONS)}
         for name, value in values.items():
             if name not in all_settings():
                 raise UserError(f"{name} is not a setting; choose from: {', '.join(all_settings())}.")
-            section = all_settings()[name].section
-            (sections.setdefault(section, {}) if section else top)[name] = value
-        return cls(**top, **{section: SECTIONS[section](**values) for section, values in sections.items()})
+            by_section[all_settings()[name].section][name] = value
+        top = by_section.pop("")
+        return cls(**top | {section: SECTIONS[section](**given) for section, given in by_section.items()})
 
     def flat(self) -> dict[str, Any]:
         """Return the value of every setting by name."""
@@ -124,8 +123,9 @@ SECTIONS: Mapping[str, type[Settings]] = types.MappingProxyType(
 def all_settings() -> Mapping[str, SettingInfo]:
     """Return every setting by name, in order; `section` is empty for those of TrainConfig itself."""
     infos = dict(setting_infos(TrainConfig))
-    for section, cls in SECTIONS.items():
-        for name, info in setting_infos(cls).items():
+    section_class: type
+    for section, section_class in SECTIONS.items():
+        for name, info in setting_infos(section_class).items():
             assert name not in infos, f"two settings are called {name}"
             infos[name] = dataclasses.replace(info, section=section)
     return types.MappingProxyType(infos)

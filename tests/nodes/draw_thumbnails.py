@@ -1,9 +1,9 @@
-"""Draws the pictures beside the workflows: each is run in a real ComfyUI on the demo's pictures, with a small model.
+"""Draw the thumbnails of the workflows: run each in a real ComfyUI on the demo's images, with a small model.
 
-    python tests/draw_thumbnails.py [NAME ...]
+    python tests/nodes/draw_thumbnails.py [NAME ...]
 
 Without names, all. Run it when a workflow or a node's widgets change. Needs what the ComfyUI tests need, and half an
-hour on two cores, half of it for a model that knows the demo's pictures: the pictures should show what users will see.
+hour on two cores, half of it to train a model on the demo's images: thumbnails should show what users will see.
 """
 
 from __future__ import annotations
@@ -11,12 +11,25 @@ from __future__ import annotations
 import dataclasses
 import io
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the test helpers
 
 from clips import CLIP_L, random_clip
-from comfyui_server import PACK, Server, load_graph, run_from_page
+from comfyui_page import (
+    YOURS,
+    load_graph,
+    read,
+    run_from_page,
+    set_widgets,
+    switch_on,
+    training_node,
+    with_dual_clip_loader,
+    write_clip_g,
+)
+from comfyui_server import PACK, Server
 from PIL import Image
 from safetensors.torch import save_file
-from test_workflows import YOURS, read, set_widgets, switch_on, training_node, with_dual_clip_loader, write_clip_g
 
 from clip_finetune.engine import TrainConfig, load_dataset, save_full_clip, split_dataset, train
 from clip_finetune.engine.cli import demo
@@ -38,25 +51,27 @@ SMALL = dataclasses.replace(
 
 
 def prepare(server: Server) -> None:
-    models, pictures = server.base / "models", server.base / "datasets"
+    """Write the models and datasets: a small CLIP trained on plain shapes, and fine-tuned on shifted ones."""
+    models, datasets = server.base / "models", server.base / "datasets"
     save_file(text_encoder_state_dict(random_clip(CLIP_L), dtype="fp16"), models / "text_encoders/l.safetensors")
     write_clip_g(models / "text_encoders/g.safetensors")
     plain = draw_demo_dataset(server.base / "pretraining", count=720, seed=0, style="plain", split="train")
-    draw_demo_dataset(pictures / "my_pictures", count=240, seed=0, style="shifted", split="train")
-    draw_demo_classes(pictures / "my_classes", count=96, seed=0, style="plain", split="held_out")
-    asked = draw_demo_dataset(server.base / "asked", count=24, seed=0, style="shifted", split="held_out")
-    Image.open(asked / "images/0011.png").resize((384, 384)).save(server.base / "input/example.png")
+    draw_demo_dataset(datasets / "my_images", count=240, seed=0, style="shifted", split="train")
+    draw_demo_classes(datasets / "my_classes", count=96, seed=0, style="plain", split="held_out")
+    ranked = draw_demo_dataset(server.base / "ranked", count=24, seed=0, style="shifted", split="held_out")
+    Image.open(ranked / "images/0011.png").resize((384, 384)).save(server.base / "input/example.png")
 
-    pretraining = dataclasses.replace(demo.PRETRAINING, epochs=16, learning_rate=5e-4, precision="auto")
+    settings = demo.PRETRAINING.flat() | {"epochs": 16, "learning_rate": 5e-4, "precision": "auto"}
+    pretraining = TrainConfig.from_flat(**settings)
     trained = train(random_clip(SMALL), load_dataset(plain), None, pretraining, run_folder=server.base / "pretrained")
     save_full_clip(trained.full_clip, models / "full_clip/vit_l_14.safetensors")
-    mine, validation = split_dataset(load_dataset(pictures / "my_pictures"), 0.1)
+    mine, validation = split_dataset(load_dataset(datasets / "my_images"), 0.1)
     run = server.base / "output/clip_finetune/my_clip"
     train(trained.full_clip, mine, validation, TrainConfig.from_flat(**GENTLE), run_folder=run)
 
 
 def fill_in(page, workflow: dict, name: str) -> None:
-    """Small settings, for a workflow that trains or one that measures a trained model."""
+    """Set the widgets for the small model, in a workflow that trains or in one that measures."""
     set_widgets(page, "LoadFullCLIP", model="vit_l_14.safetensors")
     if train_node := training_node(workflow):
         set_widgets(page, train_node, run_name=name, **FINE_TUNING)
@@ -69,7 +84,7 @@ def fill_in(page, workflow: dict, name: str) -> None:
 
 
 def draw(page, workflow: dict, name: str) -> Image.Image:
-    """The page after the workflow ran in it, without what is around the graph."""
+    """Run the workflow in the page and return a screenshot of its graph."""
     load_graph(page, with_dual_clip_loader(workflow))
     fill_in(page, workflow, name)
     seen = run_from_page(page, timeout=1200)
@@ -97,10 +112,10 @@ def main() -> None:
             if sys.argv[1:] and file.stem not in sys.argv[1:]:
                 continue
             with server.page(size=(2600, 1700)) as page:
-                picture = draw(page, read(file), file.stem)
-            picture = picture.resize((WIDTH, round(picture.height * WIDTH / picture.width)), Image.Resampling.LANCZOS)
-            picture.save(file.with_suffix(".jpg"), quality=85)
-            print(file.with_suffix(".jpg").name, picture.size)
+                image = draw(page, read(file), file.stem)
+            image = image.resize((WIDTH, round(image.height * WIDTH / image.width)), Image.Resampling.LANCZOS)
+            image.save(file.with_suffix(".jpg"), quality=85)
+            print(file.with_suffix(".jpg").name, image.size)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def test_compare_plot_blend_and_sweep_in_a_graph(comfyui):
     )
     assert result["status"] == "success" and not result["node_errors"], result
     table, swept = (result["outputs"][number]["text"][0] for number in ("10", "11"))
-    assert "effective rank of pictures" in table and "SDXL, SD3" in table
+    assert "effective rank of images" in table and "SDXL, SD3" in table
     assert "Rule: The highest score on compared among the blends" in swept and swept.splitlines()[-1].startswith("1 ")
     assert all(result["outputs"][number]["images"] for number in ("5", "6", "9"))
     assert "turned by" in result["texts"]["6"] and gmp_form.PLAIN in result["texts"]["6"]

@@ -124,7 +124,7 @@ def test_a_vit_l_14_is_trained_cancelled_resumed_folded_and_exported(comfyui):
     print(f"cancelled after step {done[-1]['step']}, {time.monotonic() - began:.0f} s after it was queued")
     assert done[-1]["step"] in (2, 3)
     result = succeed(comfyui, prompt, timeout=1800)
-    assert f"goes on from step {done[-1]['step']} of 6" in result["texts"]["3"]
+    assert f"resumes from step {done[-1]['step']} of 6" in result["texts"]["3"]
     assert [line["step"] for line in metrics(comfyui, "large")] == list(range(1, 7))
     loaded = {
         "1": node("CLIPLoader", clip_name="large_00001_.safetensors", type="stable_diffusion"),

@@ -59,7 +59,7 @@ _PACKED = struct.Struct("<16sQIIII")  # the fields of a record and a checksum of
 def user_cache_folder() -> Path:
     """Return where the command line caches decoded images: in the user's cache folder, $XDG_CACHE_HOME on Linux."""
     base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
-    return Path(base or Path.home() / ".cache", "clip-finetune", "pictures")
+    return Path(base or Path.home() / ".cache", "clip-finetune", "images")
 
 
 class ImageCache:

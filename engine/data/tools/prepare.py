@@ -16,7 +16,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import torch
 
@@ -80,7 +80,7 @@ def prepare_images(
     """
     target = Path(target)
     refuse_inside(dataset, target)
-    record = {"settings": dataclasses.asdict(settings), "source": dataset.fingerprint()}
+    record: dict[str, object] = {"settings": dataclasses.asdict(settings), "source": dataset.fingerprint()}
     if number_if_taken:
         target = _next_free(target, record)
         if target.exists():
@@ -236,7 +236,8 @@ class _LabelsFile:
 # ---- the images ------------------------------------------------------------------------------------------------------
 
 
-class _Written(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Written:
     """The files made from one sample with their captions, or the reason why there are none."""
 
     index: int

@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ...clip.full_clip import FullCLIP
 from ...data.dataset import ClipDataset
@@ -35,10 +37,6 @@ from ..zero_shot import (
 )
 from .drawing import can_be_drawn, write_word
 from .photographed import CLEAN, DRAWN, WrittenOn, attacks_in
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from typing_extensions import Unpack
 
 
 @dataclasses.dataclass(frozen=True)

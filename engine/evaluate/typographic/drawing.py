@@ -6,14 +6,11 @@ import functools
 import os
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy
 import torch
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from PIL import ImageFont
 
 # Pillow's own font is the only one that is always there; the others come with matplotlib and have far more letters.
 _PILLOW_FONT = ""
@@ -42,8 +39,6 @@ def write_word(image_u8: Tensor, word: str, rng: random.Random) -> Tensor:
 
     A long name is broken into several lines.
     """
-    from PIL import Image, ImageColor, ImageDraw
-
     image = Image.fromarray(image_u8.permute(1, 2, 0).contiguous().numpy())
     size = image.width
     font_name = rng.choice(_fonts_for(word) or _FONTS[1:2])
@@ -100,8 +95,6 @@ def _letters_of(font_name: str) -> frozenset[int]:
 
 @functools.lru_cache(maxsize=256)
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    from PIL import ImageFont
-
     if name == _PILLOW_FONT:
         return ImageFont.load_default(size)
     return ImageFont.truetype(_font_file(name), size, layout_engine=ImageFont.Layout.BASIC)

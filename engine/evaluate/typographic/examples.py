@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
+
+from PIL import Image
 
 from ...data.dataset import ClipDataset
 from .attack import Attacked, TypographicResult
 from .drawing import write_word
 from .photographed import DRAWN
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 T = TypeVar("T")
 
@@ -34,7 +33,7 @@ def fooled_apart(
 
 def examples_of(
     dataset: ClipDataset, model: TypographicResult, baseline: TypographicResult | None
-) -> tuple[str, list[tuple[Image, str]]]:
+) -> tuple[str, list[tuple[Image.Image, str]]]:
     """Return a heading, and the images of `fooled_apart` with a caption that says what they were taken for."""
     heading = "Images that fool it" if baseline is None else "Images that fool one of the models and not the other"
     examples = []
@@ -45,10 +44,8 @@ def examples_of(
     return heading, examples
 
 
-def attacked_image(dataset: ClipDataset, attacked: Attacked, result: TypographicResult) -> Image:
+def attacked_image(dataset: ClipDataset, attacked: Attacked, result: TypographicResult) -> Image.Image:
     """Return the image as the models saw it, its word drawn again if it was drawn."""
-    from PIL import Image
-
     assert result.transform is not None
     pixels = result.transform.load(dataset.path(attacked.index))
     if attacked.kind == DRAWN:

@@ -1,1 +1,1 @@
-"""What a run writes: its folder, lock, checkpoints, metrics, results and report."""
+"""What a run writes: its folder and lock, checkpoints, metrics, the best model, config.json and the report."""

@@ -1,4 +1,9 @@
-"""One run folder, one training: a lock that ends with the process that holds it, however that ends."""
+"""The lock of a run folder: it ends with the process that holds it, however that ends.
+
+Not the `filelock` package, which torch brings in whatever version the host has: its file stays behind after the
+release, and on file systems without locks (some network folders) its versions either take every lock as held, or leave
+a marker that outlives a killed process.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +19,23 @@ LOCK_NAME = ".lock"
 
 
 class FolderLock:
-    """The lock of a folder, taken by `lock_folder`."""
+    """A lock that `lock_folder` took."""
 
-    def __init__(self, file: Path, descriptor: int):
+    def __init__(self, file: Path, descriptor: int) -> None:
         self.file, self.descriptor = file, descriptor
 
     def release(self) -> None:
-        """Give the folder free; the lock's file goes too where the system lets it."""
+        """Unlock the folder; removes the lock's file where the system allows it."""
         with contextlib.suppress(OSError):  # Windows does not remove an open file
             self.file.unlink()
         os.close(self.descriptor)
 
 
-def lock_folder(folder: Path, say: Callable[[str], None]) -> FolderLock | None:
-    """Lock a folder, which is made if need be; None if another process, or another training of this one, has it.
+def lock_folder(folder: Path, on_note: Callable[[str], None]) -> FolderLock | None:
+    """Lock a folder, and make it if need be; None if another process, or another training of this one, holds the lock.
 
-    The system's own file lock: nothing is left to clear when the holder is killed. Where the file system has no locks
-    (some network folders) that is said, and the lock holds nobody off. Raises `UserError` for a folder that cannot be
-    written to.
+    Uses the system's own file lock, so a killed process leaves nothing to clear. On a file system without locks
+    `on_note` says so, and the lock keeps nobody out. Raises `UserError` for a folder that cannot be written to.
     """
     file = folder / LOCK_NAME
     while True:
@@ -48,9 +52,9 @@ def lock_folder(folder: Path, say: Callable[[str], None]) -> FolderLock | None:
             if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
                 os.close(descriptor)
                 return None
-            say(f"{folder} is on a file system without locks; do not start another training in it meanwhile.")
+            on_note(f"{folder} is on a file system without locks; do not start another training in it meanwhile.")
             return FolderLock(file, descriptor)
-        if _is_same(descriptor, file):  # its holder may have removed it between our opening and locking it
+        if _is_same(descriptor, file):  # its holder may have removed it after we opened it and before we locked it
             return FolderLock(file, descriptor)
         os.close(descriptor)
 

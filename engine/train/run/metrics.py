@@ -1,73 +1,158 @@
-"""The numbers of the steps on their way from the device to metrics.jsonl: several steps in one transfer."""
+"""metrics.jsonl: its lines, the steps whose numbers are still on the device, and the log that writes them."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor
 
 from ..optim.gradient_norms import GradientNorms
+from .folder import RunFolder
 
-# A line is in the file after so many steps or seconds, whichever is sooner.
+# A line is in the file after this many steps or seconds, whichever is sooner.
 STEPS, SECONDS = 10, 0.8
+
+
+class StepLine(TypedDict, total=False):
+    """The line of an optimizer step. Only a step that fp16 skipped has `skipped`; it has no gradient norm."""
+
+    kind: Literal["step"]
+    step: int
+    epoch: float
+    learning_rate: dict[str, float]
+    micro_batch: int
+    loss: float
+    grad_norm: float | None
+    logit_scale: float
+    pairs_per_second: float
+    grad_norms: dict[str, float]
+    skipped: bool
+
+
+class ValidationLine(TypedDict):
+    """The line of a validation."""
+
+    kind: Literal["validation"]
+    step: int
+    loss: float
+    image_to_text_r1: float
+    text_to_image_r1: float
+
+
+class StepOutcome(NamedTuple):
+    """The numbers of a step, still on the device.
+
+    `logit_scale` is exp(logit_scale) before the step, `finite` (bool) whether the weights moved, `norms` are the
+    gradient norms before clipping.
+    """
+
+    loss: Tensor
+    logit_scale: Tensor
+    finite: Tensor
+    norms: GradientNorms
+    learning_rates: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class StepNumbers:
-    """One step's numbers on the host; `finite` is whether it changed the weights."""
+    """The numbers of a step on the host; `finite` is whether the weights moved."""
 
-    record: dict[str, Any]
-    loss: float
+    line: StepLine
     grad_norm: float
-    by_group: list[float]
     by_layer: list[float]
     finite: bool
 
 
 class PendingSteps:
-    """Steps whose numbers are still on the device."""
+    """Steps whose numbers are still on the device: they are fetched several at a time."""
 
-    def __init__(self):
-        self.records: list[tuple[dict[str, Any], Tensor]] = []
-        self.sizes = (0, 0)
-        self.since = time.monotonic()
+    def __init__(self, groups: Sequence[str]) -> None:
+        self._groups = groups
+        self._waiting: list[tuple[StepLine, int, Tensor]] = []  # with the number of pairs
+        self._since = time.monotonic()
 
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def add(
-        self, record: dict[str, Any], loss: Tensor, logit_scale: Tensor, finite: Tensor, norms: GradientNorms
-    ) -> None:
-        """`record` gets the fields that need the device when it is taken; `finite` is a bool tensor."""
-        dtype = torch.promote_types(loss.dtype, torch.float32)
-        scalars = torch.stack([value.reshape(()).to(dtype) for value in (loss, logit_scale, finite, norms.total)])
-        self.sizes = (len(norms.by_group), len(norms.by_layer))
-        self.records.append((record, torch.cat([scalars, norms.by_group.to(dtype), norms.by_layer.to(dtype)])))
+    def add(self, line: StepLine, outcome: StepOutcome, pairs: int) -> None:
+        """Add a step; `line` gets the fields that the device knows when it is taken."""
+        norms, dtype = outcome.norms, torch.promote_types(outcome.loss.dtype, torch.float32)
+        scalars = (outcome.loss, outcome.logit_scale, outcome.finite, norms.total)
+        parts = [*(value.reshape(1) for value in scalars), norms.by_group, norms.by_layer]
+        self._waiting.append((line, pairs, torch.cat([part.to(dtype) for part in parts])))
 
     def due(self) -> bool:
-        return len(self) >= STEPS or time.monotonic() - self.since > SECONDS
+        return len(self._waiting) >= STEPS or time.monotonic() - self._since > SECONDS
 
     def take(self) -> list[StepNumbers]:
-        """All pending steps, oldest first; waits for the device, once. The pairs per second are those of the time since
-        the last taking."""
-        if not self.records:
-            self.since = time.monotonic()
-            return []
-        rows = torch.stack([numbers for _, numbers in self.records]).tolist()
-        now = time.monotonic()
-        pairs = sum(record["pairs"] for record, _ in self.records)
-        speed = round(pairs / max(now - self.since, 1e-9), 3)
-        groups, taken = self.sizes[0], []
-        for (record, _), (loss, logit_scale, finite, total, *lengths) in zip(self.records, rows, strict=True):
-            record = {key: value for key, value in record.items() if key != "pairs"}
-            record |= {"loss": loss, "grad_norm": total, "logit_scale": logit_scale, "pairs_per_second": speed}
-            taken.append(StepNumbers(record, loss, total, lengths[:groups], lengths[groups:], bool(finite)))
-        self.records, self.since = [], now
-        return taken
+        """Return all steps, oldest first; waits for the device once. Their speed is that of all since the last call."""
+        waiting, since = self._waiting, self._since
+        rows = torch.stack([numbers for *_, numbers in waiting]).tolist() if waiting else []
+        self._waiting, self._since = [], time.monotonic()
+        seconds = max(self._since - since, 1e-9)
+        speed = round(sum(pairs for _, pairs, _ in waiting) / seconds, 3)
+        return [self._numbers(line, speed, *row) for (line, *_), row in zip(waiting, rows, strict=True)]
+
+    def _numbers(
+        self, line: StepLine, speed: float, loss: float, logit_scale: float, finite: float, total: float, *norms: float
+    ) -> StepNumbers:
+        by_group = dict(zip(self._groups, norms, strict=False))
+        line["loss"] = loss
+        line["grad_norm"] = total
+        line["logit_scale"] = logit_scale
+        line["pairs_per_second"] = speed
+        line["grad_norms"] = {
+            name: float(f"{norm:.4g}") for name, norm in by_group.items() if norm and math.isfinite(norm)
+        }
+        if not math.isfinite(total):  # under fp16, the loss scale was too high; JSON has no infinity
+            line["grad_norm"], line["skipped"] = None, True
+        return StepNumbers(line, total, list(norms[len(self._groups) :]), bool(finite))
 
     def skip_time(self) -> None:
-        """What passed since the last taking was not training; nothing is pending."""
-        self.since = time.monotonic()
+        """Leave the time since the last `take` out of the speed; nothing may be pending."""
+        self._since = time.monotonic()
+
+
+class MetricsLog:
+    """All lines of metrics.jsonl, and those that are not in the file yet.
+
+    `restore_folder` is called when files of the run folder have been deleted; it makes the folder and config.json anew.
+    """
+
+    def __init__(self, folder: RunFolder, restore_folder: Callable[[], None] = lambda: None) -> None:
+        self.folder, self.restore_folder = folder, restore_folder
+        self.steps: list[StepLine] = []
+        self.validations: list[ValidationLine] = []
+        self._unwritten: list[StepLine | ValidationLine] = []
+
+    def read(self) -> None:
+        """Read the lines that are in the file."""
+        lines = self.folder.metrics()
+        self.steps = [cast(StepLine, line) for line in lines if line["kind"] == "step"]
+        self.validations = [cast(ValidationLine, line) for line in lines if line["kind"] == "validation"]
+
+    @property
+    def last_validated(self) -> int | None:
+        """The step of the last validation."""
+        return self.validations[-1]["step"] if self.validations else None
+
+    def add_steps(self, lines: Sequence[StepLine]) -> None:
+        self.steps += lines
+        self._unwritten += lines
+        self.flush()
+
+    def add_validation(self, line: ValidationLine) -> None:
+        self.validations.append(line)
+        self._unwritten.append(line)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is not in the file yet. No checkpoint that counts on these lines may be saved before."""
+        if self.folder.is_whole():
+            self.folder.append_metrics(self._unwritten)
+        else:
+            self.restore_folder()
+            self.folder.rewrite_metrics(sorted([*self.steps, *self.validations], key=lambda line: line["step"]))
+        self._unwritten = []

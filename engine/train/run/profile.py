@@ -1,9 +1,10 @@
-"""Where the time of a step goes."""
+"""Where the time of a training step goes."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -11,22 +12,25 @@ PARTS = ("data", "forward", "loss", "backward", "optimizer", "logging")
 
 
 class Profile:
-    """Seconds by part of a step. Switched off it does nothing; switched on it waits for the device after each part, so
-    that the times are true and the training a little slower."""
+    """Seconds by part of a step.
 
-    def __init__(self, device: torch.device, enabled: bool):
+    Disabled it does nothing. Enabled it waits for the device after each part, so that the times are right and the
+    training a little slower.
+    """
+
+    def __init__(self, device: torch.device, *, enabled: bool) -> None:
         self.device, self.enabled = device, enabled
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self.steps = 0
 
     @contextlib.contextmanager
-    def __call__(self, part: str):
+    def __call__(self, part: str) -> Iterator[None]:
         if not self.enabled:
             yield
             return
-        began = self._now()
+        start = self._now()
         yield
-        self.seconds[part] += self._now() - began
+        self.seconds[part] += self._now() - start
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -34,7 +38,7 @@ class Profile:
         return time.perf_counter()
 
     def rows(self) -> list[dict[str, str]]:
-        """A row a part for a table: milliseconds a step and the share of all."""
+        """Return a table: milliseconds per step and share of the total, by part."""
         total = sum(self.seconds.values())
         return [
             {

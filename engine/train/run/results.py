@@ -1,15 +1,15 @@
-"""What a training tells: its progress, its sentences for the user, and its result."""
+"""What a training tells its caller: callbacks, progress, notes and the result."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from ...clip.full_clip import FullCLIP
-
-REPORT = "report.html"
+from ...notes import Notes
+from .folder import REPORT
+from .metrics import StepLine, ValidationLine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +19,12 @@ class Progress:
     step: int
     total_steps: int
     batch_size: int
-    steps: list[dict[str, Any]]
-    validations: list[dict[str, Any]]
+    steps: Sequence[StepLine]
+    validations: Sequence[ValidationLine]
 
     @property
     def seconds_left(self) -> float | None:
-        """How long the steps that are left take at the pace of the last ten; None before the first."""
+        """Estimate the remaining time from the speed of the last ten steps; None before the first."""
         speeds = [line["pairs_per_second"] for line in self.steps[-10:]]
         if not speeds or min(speeds) <= 0:
             return None
@@ -32,40 +32,32 @@ class Progress:
 
 
 @dataclasses.dataclass(frozen=True)
+class Callbacks:
+    """How a training talks to its caller; `on_progress` and `check_cancelled` may raise anything to stop it."""
+
+    notes: Notes = dataclasses.field(default_factory=Notes)
+    on_progress: Callable[[Progress], None] = lambda progress: None
+    check_cancelled: Callable[[], None] = lambda: None
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainResult:
     """The trained model: the best by validation loss, else the last. `best_step` 0 is the original.
 
-    `notes` are sentences for the user; `already_finished` is true when the run was complete and nothing was trained.
+    `already_finished` is true when the run was complete before and nothing was trained.
     """
 
     full_clip: FullCLIP
     run_folder: Path
     best_step: int
     total_steps: int
-    steps: list[dict[str, Any]]
-    validations: list[dict[str, Any]]
+    steps: Sequence[StepLine]
+    validations: Sequence[ValidationLine]
     notes: tuple[str, ...]
     already_finished: bool
 
     @property
     def report_file(self) -> Path | None:
-        """The page about the run; None if it could not be written."""
+        """The report of the run; None if it could not be written."""
         file = self.run_folder / REPORT
         return file if file.is_file() else None
-
-
-class Notes(list):
-    """Sentences for the user, told as they come."""
-
-    def __init__(self, tell: Callable[[str], None]):
-        super().__init__()
-        self.tell = tell
-
-    def append(self, note: str) -> None:
-        if note not in self:
-            super().append(note)
-            self.tell(note)
-
-    def extend(self, notes) -> None:
-        for note in notes:
-            self.append(note)

@@ -264,7 +264,7 @@ def test_embedded_images_are_converted_and_prepared(tmp_path):
     with pytest.raises(UserError, match="images inside Parquet files, where other programs do not find them"):
         convert_captions(data, "csv", tmp_path / "out.csv")
     prepared = prepare_images(data, tmp_path / "mirrored", Preparation(flip="all"))
-    assert (prepared.pictures, prepared.originals, len(prepared.left_out)) == (6, 3, 1)
+    assert (prepared.images, prepared.originals, len(prepared.left_out)) == (6, 3, 1)
     names = sorted(path.name for path in (tmp_path / "mirrored").rglob("a_*"))
     assert names[:2] == ["a_000000.png", "a_000000_mirrored.png"] and "a_000001.jpg" in names
     assert (tmp_path / "mirrored/a_000001.jpg").read_bytes() == contents[1]

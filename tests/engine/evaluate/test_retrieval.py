@@ -20,7 +20,7 @@ from clip_finetune.engine import (
 )
 from clip_finetune.engine.evaluate import encoder as encoder_module
 from clip_finetune.engine.evaluate import retrieval
-from clip_finetune.engine.evaluate.retrieval import contrastive_loss, retrieval_metrics
+from clip_finetune.engine.evaluate.retrieval import retrieval_numbers
 from clip_finetune.engine.evaluate.suite import Candidate, Request, evaluate
 
 
@@ -40,7 +40,7 @@ def test_recall_is_clip_benchmarks_with_several_captions_per_image():
     positive = torch.zeros(40, 200, dtype=torch.bool)
     for image, columns in enumerate(relevant):
         positive[image, columns] = True
-    to_text, to_image = retrieval_metrics(images, texts, relevant)
+    to_text, to_image, _ = retrieval_numbers(images, texts, relevant, 1.0)
     scores = images @ texts.T
     for k in (1, 5, 10):
         assert getattr(to_text, f"r{k}") == pytest.approx(
@@ -54,7 +54,7 @@ def test_recall_is_clip_benchmarks_with_several_captions_per_image():
 def test_a_tie_is_not_a_win_and_median_ranks_are_counted():
     images = torch.eye(3, dtype=torch.float64)
     texts = torch.stack([images[0], images[0], images[2]])
-    to_text, to_image = retrieval_metrics(images, texts, [[0], [1], [2]])
+    to_text, to_image, _ = retrieval_numbers(images, texts, [[0], [1], [2]], 1.0)
     # Image 0 ties with text 1, image 1 has 0 for all three; text 0 and 1 both find image 0.
     assert to_text.r1 == pytest.approx(1 / 3) and to_text.median_rank == 2
     assert to_image.r1 == pytest.approx(2 / 3)
@@ -69,12 +69,12 @@ def test_blocks_of_any_size_give_the_same_ranks_and_loss(monkeypatch):
     for text in range(101):
         if not any(text in row for row in relevant):
             relevant[text % 53].append(text)
-    whole, loss = retrieval_metrics(images, texts, relevant), contrastive_loss(images, texts, relevant, 40.0)
+    *whole, loss = retrieval_numbers(images, texts, relevant, 40.0)
     for rows, columns in ((7, 13), (1, 101), (53, 1)):
         monkeypatch.setattr(retrieval, "_ROWS", rows)
         monkeypatch.setattr(retrieval, "_COLUMNS", columns)
-        assert retrieval_metrics(images, texts, relevant) == whole
-        assert contrastive_loss(images, texts, relevant, 40.0) == pytest.approx(loss, rel=1e-12)
+        *again, loss_again = retrieval_numbers(images, texts, relevant, 40.0)
+        assert again == whole and loss_again == pytest.approx(loss, rel=1e-12)
     # Counted in the plain way.
     scores, mask = images @ texts.T, torch.zeros(53, 101, dtype=torch.bool)
     for row, columns in enumerate(relevant):
@@ -97,7 +97,7 @@ def test_memory_does_not_grow_with_the_square_of_the_dataset(monkeypatch):
         add(self, rows, columns, scores)
 
     monkeypatch.setattr(retrieval._Ranks, "add", measured)
-    to_text, _ = retrieval_metrics(images, texts, [[number] for number in range(20_000)])
+    to_text, *_ = retrieval_numbers(images, texts, [[number] for number in range(20_000)], 1.0)
     assert max(sizes) < 40e6 and sum(sizes) == 8 * 20_000**2 and 1000 < to_text.median_rank < 19_000
 
 
@@ -106,7 +106,7 @@ def test_the_loss_of_the_whole_dataset_is_open_clips():
 
     images, texts = unit(50, 16), unit(50, 16, seed=1)
     theirs = open_clip.ClipLoss()(images, texts, torch.tensor(30.0, dtype=torch.float64)).item()
-    assert contrastive_loss(images, texts, [[n] for n in range(50)], 30.0) == pytest.approx(theirs, rel=1e-12)
+    assert retrieval_numbers(images, texts, [[n] for n in range(50)], 30.0)[2] == pytest.approx(theirs, rel=1e-12)
 
 
 def test_retrieval_does_not_depend_on_order_or_batches_and_a_copy_counts_once(model, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Several models on one dataset."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from clips import random_clip
 from image_folders import SCAM, class_folder, labelled_and_captioned, labels_folder, scam_folder
+from PIL import Image
 
 from clip_finetune.engine import (
     UserError,
@@ -16,7 +18,8 @@ from clip_finetune.engine import (
     save_full_clip,
 )
 from clip_finetune.engine.cli import main
-from clip_finetune.engine.evaluate.suite import Candidate, Request, evaluate
+from clip_finetune.engine.evaluate import suite
+from clip_finetune.engine.evaluate.suite import Candidate, Evaluator, Request, evaluate
 from clip_finetune.engine.evaluate.typographic.photographed import (
     CLEAN,
     load_attacks,
@@ -59,6 +62,41 @@ def test_a_broken_model_among_several_is_named(model, tmp_path):
     data = load_dataset(labels_folder(tmp_path / "colours", 4))
     with pytest.raises(UserError, match="broken.safetensors: The model computes values that are not numbers"):
         evaluate([Candidate("model", None, model), Candidate("model", "broken.safetensors", broken)], data)
+
+
+@dataclasses.dataclass(frozen=True)
+class Brightness:
+    """The result of an evaluator that is not in the registry."""
+
+    images: int
+    share: float
+    notes: tuple[str, ...] = ("Brightness was measured.",)
+
+    def as_dict(self):
+        return {"share": self.share}
+
+    def rows(self):
+        return {"bright images": f"{self.share:.1%}"}
+
+
+def test_a_new_evaluator_is_one_record(model, tmp_path, monkeypatch):
+    """The JSON, the table, the notes and the page have it without any other change."""
+    record = Evaluator(
+        name="brightness",
+        title="Bright images",
+        applies=lambda dataset, request: True,
+        require=lambda dataset: None,
+        run=lambda encoder, dataset, request, images: Brightness(len(images.samples), 0.25),
+        score=lambda result: result.share,
+        chart=lambda results, title: Image.new("RGB", (8, 8)),
+    )
+    monkeypatch.setattr(suite, "EVALUATORS", (*suite.EVALUATORS, record))
+    data, notes = load_dataset(labels_folder(tmp_path / "colours", 4)), []
+    results = evaluate([Candidate("model", "a.safetensors", model)], data, on_note=notes.append)
+    assert results[0].as_dict()["brightness"] == {"share": 0.25} and results[0].as_dict()["images"] == 4
+    assert suite.rows_of(results)[0]["bright images"] == "25.0%" and "Brightness was measured." in notes
+    titles = [measurement.sentence for measurement in suite.measurements_of(data, results)]
+    assert titles[-1] == "Bright images: 25.0%" and titles[0].startswith("Recall at 1: ")
 
 
 def test_the_command_measures_attacks(model, tmp_path, monkeypatch, capsys):

@@ -80,7 +80,7 @@ def test_a_stopped_run_has_a_report_and_the_resumed_one_rewrites_it(model, data,
     run(model, data, tmp_path / "run")
     finished = read(tmp_path / "run" / "report.html")
     assert "Finished: all 9 steps are done." in finished.text and "Stopped after" not in finished.text
-    assert "The run goes on from step 4 of 9." in finished.text
+    assert "The run resumes from step 4 of 9." in finished.text
 
 
 def test_a_finished_run_without_a_report_gets_one(model, data, tmp_path):

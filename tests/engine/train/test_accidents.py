@@ -170,7 +170,7 @@ def test_a_disk_that_becomes_full_loses_nothing(place, tmp_path, small_disk):
     assert json.loads((disk / "run" / "last.json").read_text())["step"] == 2
     small_disk(400)
     result = run(place, disk / "run", save_every_steps=2)
-    assert any("goes on from step 2" in note for note in result.notes)
+    assert any("resumes from step 2" in note for note in result.notes)
     assert steps_of(disk / "run") == list(range(1, 10))
     assert identical(disk / "run", whole.run_folder)
 
@@ -302,5 +302,5 @@ def test_a_step_that_finds_no_memory_names_the_widgets_and_the_run_goes_on_with_
     assert json.loads((place / "memory" / "last.json").read_text())["step"] == 1
     monkeypatch.undo()
     result = run(place, place / "memory", "crowd", batch_size=512, micro_batch=32)
-    assert any("goes on from step 1" in note for note in result.notes) and result.run_folder.name == "memory"
+    assert any("resumes from step 1" in note for note in result.notes) and result.run_folder.name == "memory"
     assert steps_of(place / "memory") == [1, 2, 3]

@@ -63,7 +63,7 @@ def losses(result):
 def test_a_training_is_the_same_with_and_without(data, tmp_path, monkeypatch, computed, settings, at_once):
     """In float64: losses and weights after steps in which every picture came several times; with 4 at once the last
     part of a batch of 6 is filled."""
-    monkeypatch.setattr(frozen_features, "_at_once", lambda work: at_once)
+    monkeypatch.setattr(frozen_features, "_at_once", lambda device, micro_batch: at_once)
     monkeypatch.setattr(master_weights, "MASTER_DTYPE", torch.float64)
     kept = run(data, tmp_path / "kept", **settings)
     assert len(computed) == len(data)

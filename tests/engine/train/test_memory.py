@@ -14,8 +14,9 @@ from clip_finetune.engine.data.loader import Batch
 from clip_finetune.engine.openai import END, START
 from clip_finetune.engine.train import memory
 from clip_finetune.engine.train.freezing import LayersConfig
-from clip_finetune.engine.train.memory import activations_of, fitting_micro_batch, forecast, optimizer_bytes
-from clip_finetune.engine.train.step import TrainingStep
+from clip_finetune.engine.train.memory import activations_of
+from clip_finetune.engine.train.setup import Plan
+from clip_finetune.engine.train.step import TrainingStep, build_weights
 
 CPU = torch.device("cpu")
 # Wide enough that activations and weights weigh, small enough for a test.
@@ -36,7 +37,8 @@ LENGTH = 41
 
 def work_of(model, pairs, precision="fp32", **settings):
     config = TrainConfig.from_flat(batch_size=pairs, **settings)
-    return TrainingStep(model, config, device=CPU, precision=precision, batch_size=pairs, total_steps=10)
+    plan = Plan(device=CPU, precision=precision, batch_size=pairs, steps_per_epoch=10, total_steps=10)
+    return TrainingStep(build_weights(model, config, plan), config, plan)
 
 
 def batch_of(pairs, size=MEDIUM.image_size):
@@ -65,7 +67,7 @@ def test_a_step_takes_what_was_foreseen(pairs, precision, gmp, settings):
     batch = batch_of(pairs)
     work(batch, 0)  # which makes the optimizer's moments
     work.optimizer.zero_grad()
-    found = forecast(work, pairs, work.micro_batch, LENGTH)
+    found = work.memory().forecast(pairs, work.micro_batch, LENGTH)
     foreseen = found.peak - found.weights - found.optimizer
     assert foreseen == pytest.approx(peak_allocation(lambda: work(batch, 1), CPU), rel=0.1)
 
@@ -77,10 +79,10 @@ def test_the_optimizer_and_the_weights_take_what_was_foreseen(optimizer, precisi
     work(batch_of(4, TINY.image_size), 0)
     state = [value for kept in work.optimizer.state.values() for value in kept.values()]
     moments = sum(value.nbytes for value in state if isinstance(value, torch.Tensor) and value.dim())
-    assert optimizer_bytes(work) == pytest.approx(moments, rel=0.001)
+    assert work.memory().tensors.optimizer == pytest.approx(moments, rel=0.001)
     tensors = [*work.trained.values(), *work.network.parameters(), *work.network.buffers()]
     there = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
-    found = forecast(work, 4, 4, LENGTH)
+    found = work.memory().forecast(4, 4, LENGTH)
     assert found.weights == sum(there.values()) and found.gradients == sum(p.nbytes for p in work.trained.values())
 
 
@@ -97,13 +99,13 @@ def test_what_a_pair_keeps_for_backward_in_a_vit_l_14():
 def test_the_micro_batch_is_the_largest_that_fits(monkeypatch):
     work = work_of(random_clip(), 64)
     assert work.micro_batch == 64
-    each = [forecast(work, 64, size, 77).activations for size in (9, 10)]
+    each = [work.memory().forecast(64, size, 77).activations for size in (9, 10)]
     monkeypatch.setattr(memory, "free_bytes", lambda device: each[1] - 1)
-    assert fitting_micro_batch(work, 64) == 9
+    assert work.memory().fitting_micro_batch(64, CPU) == 9
     monkeypatch.setattr(memory, "free_bytes", lambda device: each[1])
-    assert fitting_micro_batch(work, 64) == 10
+    assert work.memory().fitting_micro_batch(64, CPU) == 10
     monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
-    assert fitting_micro_batch(work, 64) == 1
+    assert work.memory().fitting_micro_batch(64, CPU) == 1
 
 
 def test_a_process_may_have_a_part_of_a_graphics_card(monkeypatch):
@@ -135,7 +137,7 @@ def test_what_a_training_takes_is_told_and_kept(tmp_path):
     data = load_dataset(labels_folder(tmp_path / "colours", 12))
     config, folder = TrainConfig.from_flat(epochs=1, batch_size=4), tmp_path / "run"
     result = train(random_clip(), data, None, config, run_folder=folder, device="cpu")
-    assert any(note.startswith("The training takes about 0.") and "GB of memory" in note for note in result.notes)
+    assert any(note.startswith("Estimated peak memory: 0.") and "GB (weights" in note for note in result.notes)
     assert '"memory_forecast_bytes"' in (folder / "config.json").read_text()
 
 

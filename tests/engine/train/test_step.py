@@ -11,7 +11,8 @@ from clip_finetune.engine.openai import END, START
 from clip_finetune.engine.train import step as step_module
 from clip_finetune.engine.train.device import to_device
 from clip_finetune.engine.train.losses import LOSSES
-from clip_finetune.engine.train.step import TrainingStep
+from clip_finetune.engine.train.setup import Plan
+from clip_finetune.engine.train.step import TrainingStep, build_weights
 
 # On CUDA the host waits for each of these: for a value, or for how many there are.
 WAITS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique", "_unique2"}
@@ -58,7 +59,8 @@ def batch_of(pairs):
 def test_a_step_waits_for_nothing(gmp, precision, settings, monkeypatch):
     model = to_gmp(random_clip()) if gmp else random_clip()
     config = TrainConfig.from_flat(batch_size=6, **settings)
-    step = TrainingStep(model, config, device=torch.device("cpu"), precision=precision, batch_size=6, total_steps=9)
+    plan = Plan(device=torch.device("cpu"), precision=precision, batch_size=6, steps_per_epoch=9, total_steps=9)
+    step = TrainingStep(build_weights(model, config, plan), config, plan)
     step(batch_of(6), 0)
     monkeypatch.setattr(step_module, "cut_to_longest", lambda tokens, multiple: tokens[:, :9])  # they are on the host
     with Watch() as watch:

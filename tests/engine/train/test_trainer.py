@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import time
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from clip_finetune.engine.train.device import resolve_precision
 from clip_finetune.engine.train.losses import LOSSES
 from clip_finetune.engine.train.optim.gradient_norms import GradientMeter
 from clip_finetune.engine.train.optim.parameter_info import parameter_info
-from clip_finetune.engine.train.run.folder import STATE_KEY
+from clip_finetune.engine.train.run.folder import STATE_KEY, RunFolder
 from clip_finetune.engine.train.schedules import SCHEDULES
 from clip_finetune.engine.train.step import MAX_LOGIT_SCALE, TrainingStep
 
@@ -231,7 +232,7 @@ def test_a_stopped_run_says_that_its_state_is_saved(model, data, tmp_path):
             on_note=told.append,
             on_progress=stop_after(2),
         )
-    assert told[-1] == "Stopped; the state of step 2 is saved, and the same run goes on from it."
+    assert told[-1] == "Stopped; the state of step 2 is saved, and the same run resumes from it."
 
 
 @pytest.mark.parametrize("gmp", [False, True])
@@ -450,16 +451,14 @@ def test_a_run_folder_that_is_deleted_meanwhile_is_written_again(model, data, tm
 )
 def test_states_are_saved_every_so_many_steps_and_minutes(model, data, tmp_path, monkeypatch, every, saved):
     """By a clock that goes half a second a step: a state is due after two of them."""
-    from clip_finetune.engine.train import trainer
+    steps, save, clock = [], RunFolder.save_checkpoint, itertools.count()
 
-    steps, save, clock = [], trainer.RunFolder.save_state, itertools.count()
+    def kept(folder, checkpoint, keep):
+        steps.append(checkpoint.step)
+        save(folder, checkpoint, keep)
 
-    def kept(folder, step, *rest):
-        steps.append(step)
-        save(folder, step, *rest)
-
-    monkeypatch.setattr(trainer.RunFolder, "save_state", kept)
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: next(clock) * 0.25)
+    monkeypatch.setattr(RunFolder, "save_checkpoint", kept)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock) * 0.25)
     run(model, data, tmp_path / "run", **({"save_every_minutes": 0.0} | every))
     assert steps == saved if saved else len(steps) > 3 and steps[-1] == 9
 
@@ -473,7 +472,7 @@ def test_a_lost_state_is_told_and_an_older_one_is_used(model, data, tmp_path):
     (tmp_path / "run" / "step_6.safetensors").write_bytes(b"half a file")
     result = run(model, data, tmp_path / "run", keep_checkpoints=3)
     assert any("step_6.safetensors cannot be used" in note for note in result.notes)
-    assert any("goes on from step 3" in note for note in result.notes)
+    assert any("resumes from step 3" in note for note in result.notes)
     assert identical(result.full_clip, whole.full_clip)
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 10))
 
@@ -483,7 +482,7 @@ def test_a_run_without_any_state_left_begins_again_and_says_so(model, data, tmp_
         run(model, data, tmp_path / "run", progress=stop_after(5))
     (tmp_path / "run" / "step_5.safetensors").unlink()
     result = run(model, data, tmp_path / "run", on_existing="resume")
-    assert any("No saved state of this run is left" in note for note in result.notes)
+    assert any("No checkpoint of this run is left" in note for note in result.notes)
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 10))
 
 

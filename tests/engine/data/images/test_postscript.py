@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from clips import random_clip
-from image_folders import class_folder, labels_folder, load_image
+from image_folders import class_folder, labels_folder
 from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 
 from clip_finetune.engine import cli, load_dataset, save_full_clip
@@ -66,11 +66,11 @@ def test_no_function_that_opens_images_starts_a_program(mark, tmp_path, content)
     file.write_bytes(content)
     with pytest.raises(UnidentifiedImageError):
         open_image(file)
-    for read in (decode, lambda path: load_image(path, 32), lambda path: Transform(image_size=32).load(path)):
+    for read in (decode, Transform(image_size=32).load):
         with pytest.raises(BrokenImage, match="not an image that Pillow can open"):
             read(file)
     with pytest.raises(BrokenImage):
-        Transform(image_size=32, resize="fast").load(file)
+        Transform(image_size=32, resize_backend="fast").load(file)
     assert decode_plain_jpeg(file) is None
     assert not mark.exists()
 
@@ -115,8 +115,8 @@ COMMANDS = [
     "info colours",
     "info classes",
     "train --model model.safetensors --data colours --validation colours --batch-size 4 --epochs 1 --out run",
-    "train --model model.safetensors --data colours --batch-size 4 --epochs 1 --resize fast --out fast",
-    "train --model model.safetensors --data colours --batch-size 4 --epochs 1 --square random --flip --out varied",
+    "train --model model.safetensors --data colours --batch-size 4 --epochs 1 --resize-backend fast --out fast",
+    "train --model model.safetensors --data colours --batch-size 4 --epochs 1 --resize-mode random_crop --out varied",
     "eval --model model.safetensors --data colours",
     "eval --model model.safetensors --data classes --typographic",
     "eval --model model.safetensors --data attacks --typographic",

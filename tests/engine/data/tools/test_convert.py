@@ -69,7 +69,7 @@ def test_a_file_gets_the_captions_alone(tmp_path, to, name):
     data = load_dataset(tmp_path / name)
     assert data.missing() == [] and {Path(name).name for name in data.names} == {Path(name).name for name in ODD}
     elsewhere = convert_captions(load_dataset(source), to, tmp_path / "else/where" / name)
-    assert "Its names start from" in elsewhere[1]
+    assert "Its image names are relative to" in elsewhere[1]
     assert captions_by_name(load_dataset(tmp_path / "else/where" / name)) == ODD
 
 
@@ -89,7 +89,7 @@ def test_copies_repeats_classes_and_same_stems_are_carried_over(tmp_path):
     convert_captions(source, "sidecar", tmp_path / "deep/er/new")
     data = load_dataset(tmp_path / "deep/er/new")
     assert list(data.repeats) == [10, 10] and data.original(0) == data.original(1) == str(tmp_path / "old/b.png")
-    assert "not kept" in " ".join(convert_captions(source, "json", tmp_path / "json"))
+    assert "repeats of images are lost" in " ".join(convert_captions(source, "json", tmp_path / "json"))
 
     said = convert_captions(load_dataset(class_folder(tmp_path / "classes")), "metadata", tmp_path / "sentences")
     assert "Classes are written as captions, such as 'a photo of a blue.'." in said

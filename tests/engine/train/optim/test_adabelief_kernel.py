@@ -264,8 +264,11 @@ def test_without_a_working_triton_the_steps_are_torchs_and_a_note_says_so(missin
 def test_a_training_passes_the_note_on(monkeypatch):
     from clips import random_clip
 
+    from clip_finetune.engine.notes import Notes
     from clip_finetune.engine.train.config import TrainConfig
-    from clip_finetune.engine.train.step import TrainingStep
+    from clip_finetune.engine.train.run.results import Callbacks
+    from clip_finetune.engine.train.setup import Plan
+    from clip_finetune.engine.train.step import TrainingStep, build_weights
 
     def fails(device):
         raise OSError("no C compiler\nfound")
@@ -273,9 +276,9 @@ def test_a_training_passes_the_note_on(monkeypatch):
     monkeypatch.setattr(adabelief, "_cuda_device", lambda groups: CPU)
     monkeypatch.setattr(adabelief, "verified_kernel", fails)
     notes, config = [], TrainConfig.from_flat(batch_size=2)
-    step = TrainingStep(
-        random_clip(), config, device=CPU, precision="fp32", batch_size=2, total_steps=9, say=notes.append
-    )
+    plan = Plan(device=CPU, precision="fp32", batch_size=2, steps_per_epoch=9, total_steps=9)
+    weights = build_weights(random_clip(), config, plan)
+    step = TrainingStep(weights, config, plan, callbacks=Callbacks(Notes(notes.append)))
     for parameter in step.trained.values():
         parameter.grad = torch.ones_like(parameter)
     for _ in range(2):
