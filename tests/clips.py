@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from clip_finetune.engine.clip.architecture import Architecture
-from clip_finetune.engine.clip.full_clip import FullCLIP
+from clip_finetune.engine.clip.full_clip import FullCLIP, file_metadata
 from clip_finetune.engine.clip.network import random_full_clip
 from clip_finetune.engine.clip.tensor_files import same_bits
 
@@ -127,6 +128,20 @@ def random_resnet(
     model = model.derive(changed, step="disturbed")
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict.items()}
     return dataclasses.replace(model, state_dict=state, provenance={})
+
+
+def broken_clip(*tensor_names: str, value: float = torch.nan, row: int = -1, model: FullCLIP | None = None) -> FullCLIP:
+    """Return a full CLIP with `value` as the last element in a row of these tensors."""
+    model = model or random_clip()
+    changed = {name: model.state_dict[name].clone() for name in tensor_names}
+    for tensor in changed.values():
+        tensor.view(len(tensor) if tensor.ndim else 1, -1)[row, -1] = value
+    return model.derive(changed, step="broken")
+
+
+def write_unchecked(model: FullCLIP, path: str | Path) -> None:
+    """Write what `save_full_clip` writes, for a model that it refuses too."""
+    save_file(dict(model.state_dict), path, file_metadata(model))
 
 
 def identical(one: FullCLIP, other: FullCLIP) -> bool:

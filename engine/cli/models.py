@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 
 from ..clip.exports import EXPORTS, check_export, export, save_full_clip
+from ..clip.full_clip import FullCLIP
+from ..clip.health import require_finite
 from ..clip.tensor_files import require_safetensors_path
 from ..errors import UserError
 from .arguments import Commands, add_context_length, open_model
@@ -44,7 +46,7 @@ def run_fold(arguments: argparse.Namespace) -> None:
     from ..clip.gmp import fold_gmp
 
     require_safetensors_path(arguments.output)
-    folded = fold_gmp(open_model(arguments, arguments.input))
+    folded = fold_gmp(_open_finite_model(arguments, arguments.input))
     print_notes(folded.notes)
     print_line(f"Wrote {save_full_clip(folded, arguments.output)}.")
 
@@ -52,21 +54,35 @@ def run_fold(arguments: argparse.Namespace) -> None:
 def run_export(arguments: argparse.Namespace) -> None:
     format, output, dtype = arguments.format, arguments.output, arguments.dtype
     check_export(output, format=format, dtype=dtype, with_baseline=bool(arguments.baseline))
-    model = open_model(arguments, arguments.input)
+    model = _open_finite_model(arguments, arguments.input)
     print_notes(model.notes)
-    baseline = open_model(arguments, arguments.baseline) if arguments.baseline else None
+    baseline = _open_finite_model(arguments, arguments.baseline) if arguments.baseline else None
     print_notes(baseline.notes if baseline else ())
     export(model, output, format=format, dtype=dtype, baseline=baseline, rank=arguments.rank, on_note=print_line)
     print_line(f"Wrote {output}.")
 
 
+def _open_finite_model(arguments: argparse.Namespace, source: str) -> FullCLIP:
+    """Open a model to make a file from; errors about its weights name the file as it was given."""
+    model = open_model(arguments, source)
+    require_finite(model, f"{arguments.output} was not written", file=source)
+    return model
+
+
 def run_merge(arguments: argparse.Namespace) -> None:
-    from ..clip.merge import merge_text_encoder, merge_vision_encoder
+    from ..clip.merge import Tower, keeps, merge_text_encoder, merge_vision_encoder
 
     if not arguments.text and not arguments.vision:
         raise UserError("merge needs --text, --vision or both: what to put into the full CLIP.")
     require_safetensors_path(arguments.output)
     merged = open_model(arguments, arguments.model)
+    towers: dict[Tower, str | None] = {"text": arguments.text, "vision": arguments.vision}
+    require_finite(
+        merged,
+        f"{arguments.output} was not written",
+        file=arguments.model,
+        matters=lambda name: all(keeps(name, tower) for tower, encoder in towers.items() if encoder),
+    )
     if arguments.text:
         merged = merge_text_encoder(arguments.text, merged)
     if arguments.vision:

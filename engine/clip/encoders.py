@@ -60,7 +60,7 @@ def text_encoder_state_dict(
     """Return the text tower's tensors under Hugging Face's names, without `logit_scale`; a GmP model is folded.
 
     `dtype` is fp16, bf16 or fp32; None keeps each tensor's own. Raises `UserError` for an activation that image
-    programs would run wrongly, and for weights that are not finite.
+    programs would run wrongly, and for weights of either tower that are not finite.
     """
     _check_text_activation(full_clip.architecture)
     return hf_state_dict(full_clip, "The text encoder", dtype=dtype, on_note=on_note, belongs=names.is_text_name)
@@ -94,10 +94,9 @@ def hf_state_dict(
     """
     if dtype == MIXED:
         raise UserError(f"The dtype {MIXED} is one of full CLIPs under OpenAI's names; choose fp16, bf16 or fp32.")
+    require_finite(full_clip, f"{what} was not written")
     state = plain_weights(full_clip, on_note).state_dict
-    tensors = {name: tensor for name, tensor in state.items() if belongs(name)}
-    require_finite(tensors, what)
-    return cast(names.to_hf(tensors), dtype, what)
+    return cast(names.to_hf({name: tensor for name, tensor in state.items() if belongs(name)}), dtype, what)
 
 
 def mix_text_encoders(

@@ -13,6 +13,7 @@ from ..notes import OnNote, ignore_note
 from .encoders import text_encoder_state_dict, vision_encoder_state_dict
 from .full_clip import FullCLIP, file_metadata
 from .gmp import plain_weights, to_gmp
+from .health import require_finite
 from .huggingface import save_huggingface
 from .lora import export_lora
 from .tensor_files import MIXED, cast, require_safetensors_path, write_safetensors
@@ -22,8 +23,9 @@ def save_full_clip(full_clip: FullCLIP, path: AnyPath, *, dtype: str | None = No
     """Write a full CLIP under OpenAI's names (GmP's if it is in GmP form), with its architecture in the metadata.
 
     `dtype` is fp16, bf16, fp32 or mixed; None keeps each tensor's own. The file is read back and compared before it
-    replaces an older one. Raises `UserError`.
+    replaces an older one. Raises `UserError`, also for weights that are not finite.
     """
+    require_finite(full_clip, f"{path} was not written")
     return write_safetensors(cast(full_clip.state_dict, dtype, path), path, file_metadata(full_clip))
 
 

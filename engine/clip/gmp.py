@@ -7,12 +7,16 @@ float64 and round once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import UserError
 from ..notes import OnNote, ignore_note
 from .full_clip import FullCLIP
+from .health import not_finite, require_finite
 
 FOLDED = "The model was in GmP form; it was folded to plain weights."
 NOTHING_TO_FOLD = "This model is not in GmP form; there was nothing to fold."
@@ -40,7 +44,11 @@ def gmp_to_weight(r: Tensor, theta: Tensor, dtype: torch.dtype | None = None) ->
 
 
 def to_gmp(full_clip: FullCLIP) -> FullCLIP:
-    """Return the model in GmP form; the model itself if it is in that form already."""
+    """Return the model in GmP form; the model itself if it is in that form already.
+
+    Raises `UserError` for weights that are not finite.
+    """
+    require_finite(full_clip, "The model was not converted to GmP")
     if full_clip.parameterization == "gmp":
         return full_clip
     changed, dropped = {}, []
@@ -52,8 +60,12 @@ def to_gmp(full_clip: FullCLIP) -> FullCLIP:
     return full_clip.derive(changed, dropped=dropped, step="converted to GmP")
 
 
-def fold_gmp(full_clip: FullCLIP) -> FullCLIP:
-    """Return the model with plain weights, each in its bias's dtype; a plain model comes back with a note."""
+def fold_gmp(full_clip: FullCLIP, *, matters: Callable[[str], bool] = lambda name: True) -> FullCLIP:
+    """Return the model with plain weights, each in its bias's dtype; a plain model comes back with a note.
+
+    Raises `UserError` for weights that are not finite, before or after, unless their names do not matter.
+    """
+    require_finite(full_clip, "The model was not folded", matters=matters)
     if full_clip.parameterization == "linear":
         if NOTHING_TO_FOLD in full_clip.notes:
             return full_clip
@@ -65,15 +77,25 @@ def fold_gmp(full_clip: FullCLIP) -> FullCLIP:
             r, theta, bias = state[f"{layer}.r"], state[name], state[f"{layer}.bias"]
             changed[f"{layer}.weight"] = gmp_to_weight(r, theta, bias.dtype)
             dropped += [f"{layer}.r", name]
+    if overflowed := [name for name in not_finite(changed) if matters(name)]:
+        raise UserError(
+            f"The model was not folded: {overflowed[0]} would hold values too large for its dtype; save the model as "
+            "fp32 first (SaveFullCLIP with format gmp, or clip-finetune export --format gmp --dtype fp32)."
+        )
     return full_clip.derive(changed, dropped=dropped, step="GmP folded")
 
 
-def plain_weights(full_clip: FullCLIP, on_note: OnNote = ignore_note) -> FullCLIP:
-    """Return the model with plain weights: folded, with a note, if it is in GmP form, else the model itself."""
+def plain_weights(
+    full_clip: FullCLIP, on_note: OnNote = ignore_note, *, matters: Callable[[str], bool] = lambda name: True
+) -> FullCLIP:
+    """Return the model with plain weights: folded, with a note, if it is in GmP form, else the model itself, unchecked.
+
+    `matters` and errors are those of `fold_gmp`.
+    """
     if full_clip.parameterization == "linear":
         return full_clip
     on_note(FOLDED)
-    return fold_gmp(full_clip)
+    return fold_gmp(full_clip, matters=matters)
 
 
 class GmPLinear(nn.Module):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import AnyPath
 from . import names
 from .architecture import Architecture, Shape, counted, parameterization_of
+from .full_clip import FullCLIP
 
 _TOKENS = "text_model.embeddings.token_embedding.weight"
 _LAYER = "text_model.encoder.layers."
+_MAX_LISTED = 3  # tensors that an error names
 BROKEN_MERGE = "was made by a broken merge script: in every layer of the text tower attn.out_proj equals v_proj."
 
 
@@ -29,13 +32,31 @@ def not_numbers(tensors: Mapping[str, Tensor]) -> list[str]:
     return []
 
 
-def require_finite(tensors: Mapping[str, Tensor], what: object) -> None:
-    """Raise `UserError` if weights that are to be written hold NaN or infinite values."""
-    if broken := not_finite(tensors):
-        raise UserError(
-            f"{what} was not written: {broken[0]} holds values that are not numbers (NaN or infinite). Use a model "
-            "from before the training broke, such as the run's best.safetensors."
-        )
+def require_finite(
+    full_clip: FullCLIP,
+    outcome: str,
+    *,
+    file: AnyPath | None = None,
+    matters: Callable[[str], bool] = lambda name: True,
+) -> None:
+    """Raise `UserError` if a tensor whose name `matters` holds NaN or infinite values.
+
+    `outcome` says what did not happen because of them, such as "clip.safetensors was not written". `file` is the file
+    that the model was loaded from; without it, the message names the file in the model's provenance.
+    """
+    broken = not_finite({name: tensor for name, tensor in full_clip.state_dict.items() if matters(name)})
+    if not broken:
+        return
+    source = full_clip.provenance.get("source")
+    origin = f"in {file}, " if file else f"in the model made from {source}, " if source else ""
+    listed = ", ".join(broken[:_MAX_LISTED])
+    if len(broken) > _MAX_LISTED:
+        listed += f" and {len(broken) - _MAX_LISTED} more"
+    raise UserError(
+        f"{outcome}: {origin}{listed} {'holds' if len(broken) == 1 else 'hold'} values that are not numbers (NaN or "
+        "infinite); use a model from before its training broke, such as the run's best.safetensors, or download the "
+        "file again."
+    )
 
 
 def made_by_a_broken_merge(tensors: Mapping[str, Tensor]) -> bool:

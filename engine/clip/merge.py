@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ from . import names
 from .architecture import NO_HINTS, Architecture, Hints, check_shapes
 from .full_clip import FullCLIP, read_metadata
 from .gmp import plain_weights
-from .health import BROKEN_MERGE, made_by_a_broken_merge
+from .health import BROKEN_MERGE, made_by_a_broken_merge, require_finite
 from .load import find_model_source
 from .tensor_files import read_contents
 from .variants.long_clip import LONG_CONTEXT, with_one_table
@@ -40,10 +41,10 @@ def merge_text_encoder(
     name of tensors that do not come from a file, for messages.
 
     Raises `UserError` for a file without a text encoder or with one of another shape, for GmP tensors, values that are
-    not finite, and the mark of a well-known broken merge (every out_proj equal to v_proj).
+    not finite in what the merged model has, and the mark of a well-known broken merge (every out_proj equal to v_proj).
     """
     encoder, notes = _read(text_encoder, source), Notes()
-    base = plain_weights(full_clip, notes.add)
+    base = _plain_base(full_clip, "text", encoder.source, notes)
     tower = _text_tower(encoder, base.architecture.text_width)
     projection = tower.pop(_PROJECTIONS["text"], None)
     _check_tower(tower, "text", base, encoder.source)
@@ -64,7 +65,7 @@ def merge_vision_encoder(
     Raises `UserError` as `merge_text_encoder` does.
     """
     encoder, notes = _read(vision_encoder, source), Notes()
-    base = plain_weights(full_clip, notes.add)
+    base = _plain_base(full_clip, "vision", encoder.source, notes)
     _refuse_gmp(encoder.tensors, encoder.source)
     renamed = _openai_names(encoder.tensors, encoder.source)
     tower = {name: tensor for name, tensor in renamed.items() if names.is_vision_name(name)}
@@ -86,7 +87,7 @@ def transplant_tower(text_from: FullCLIP, vision_from: FullCLIP) -> FullCLIP:
     """Return the text tower (with its projection and `logit_scale`) of one model with the vision tower of another.
 
     A model in GmP form is folded unless both are. Raises `UserError` if the two embed into different numbers of
-    channels, or compute different activations.
+    channels, or compute different activations, and for weights in these towers that are not finite.
     """
     text, vision = text_from.architecture, vision_from.architecture
     for verb, ours, theirs in (
@@ -97,9 +98,12 @@ def transplant_tower(text_from: FullCLIP, vision_from: FullCLIP) -> FullCLIP:
             raise UserError(
                 f"The towers do not fit: the models {verb} {ours} (text) and {theirs} (vision); choose two of one kind."
             )
+    for model, is_taken in ((text_from, _is_not_vision), (vision_from, names.is_vision_name)):
+        require_finite(model, "The tower was not transplanted", matters=is_taken)
     notes = Notes()
     if text_from.parameterization != vision_from.parameterization:
-        text_from, vision_from = plain_weights(text_from, notes.add), plain_weights(vision_from, notes.add)
+        text_from = plain_weights(text_from, notes.add, matters=_is_not_vision)
+        vision_from = plain_weights(vision_from, notes.add, matters=names.is_vision_name)
     sizes = {
         name: value
         for name, value in vision.as_dict().items()
@@ -112,6 +116,26 @@ def transplant_tower(text_from: FullCLIP, vision_from: FullCLIP) -> FullCLIP:
         notes=(*vision_from.notes, *notes),
         architecture=dataclasses.replace(text, **sizes),
     )
+
+
+def _is_not_vision(name: str) -> bool:
+    return not names.is_vision_name(name)
+
+
+def keeps(name: str, replaced: Tower) -> bool:
+    """Return whether a merge that replaces one tower keeps this tensor of the full CLIP.
+
+    Projections count as kept: the vision encoder's replaces the full CLIP's only if the two are alike.
+    """
+    belongs = names.is_vision_name if replaced == "vision" else names.is_text_name
+    return not belongs(name) or name == _PROJECTIONS[replaced]
+
+
+def _plain_base(full_clip: FullCLIP, replaced: Tower, source: str, notes: Notes) -> FullCLIP:
+    """Return the full CLIP with plain weights; raise `UserError` if what a merge keeps of it is not finite."""
+    kept = functools.partial(keeps, replaced=replaced)
+    require_finite(full_clip, f"The full CLIP cannot take the {replaced} tower of {source}", matters=kept)
+    return plain_weights(full_clip, notes.add, matters=kept)
 
 
 # ---- reading an encoder ----------------------------------------------------------------------------------------------
@@ -186,8 +210,7 @@ def _openai_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tenso
 def _check_tower(tower: Mapping[str, Tensor], kind: Tower, base: FullCLIP, source: str) -> None:
     """Refuse a tower (without its projection) that does not fit, or that another program has broken."""
     _check_size(tower, kind, base.architecture, source)
-    belongs = names.is_vision_name if kind == "vision" else names.is_text_name
-    others = {n: t for n, t in base.state_dict.items() if not belongs(n) or n == _PROJECTIONS[kind]}
+    others = {name: tensor for name, tensor in base.state_dict.items() if keeps(name, kind)}
     try:
         check_shapes({name: tuple(tensor.shape) for name, tensor in {**others, **tower}.items()}, base.architecture)
     except UserError as error:

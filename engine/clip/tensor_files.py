@@ -302,9 +302,17 @@ def cast(tensors: Mapping[str, Tensor], dtype: str | None, what: AnyPath) -> dic
     for name, tensor in tensors.items():
         to = DTYPES[dtype] if dtype != MIXED else torch.float32 if _fp32_in_mixed(name) else torch.float16
         converted[name] = tensor.to(to)
-        if to == torch.float16 and not torch.isfinite(converted[name]).all() and torch.isfinite(tensor).all():
-            raise UserError(f"{what} was not written: {name} holds values too large for fp16; choose bf16 or fp32.")
+        if to != tensor.dtype and not torch.isfinite(converted[name]).all() and torch.isfinite(tensor).all():
+            raise UserError(f"{what} was not written: {name} holds values too large for {_too_narrow(to)}.")
     return converted
+
+
+def _too_narrow(dtype: torch.dtype) -> str:
+    """Return the name of a dtype whose range did not suffice, and which to choose instead."""
+    largest = {name: torch.finfo(other).max for name, other in DTYPES.items()}
+    own = next(name for name, other in DTYPES.items() if other == dtype)
+    wider = [name for name in largest if largest[name] > largest[own]]
+    return f"{own}; choose {' or '.join(wider) or 'another model'}"
 
 
 def _fp32_in_mixed(name: str) -> bool:

@@ -10,6 +10,7 @@ import torch
 
 from ..clip.full_clip import FullCLIP
 from ..clip.gmp import to_gmp
+from ..clip.health import require_finite
 from ..data.dataset import ClipDataset
 from ..data.decoded_images import allowed_broken, too_many_broken
 from ..data.images.transforms import Transform
@@ -28,6 +29,9 @@ _STORED_STATISTICS = (
     "The vision tower is a ResNet: its BatchNorm layers normalise by the averages that are stored in the model, in "
     "training too, and leave those unchanged, so that an image's features do not depend on the rest of its batch."
 )
+# A loss may read none of the broken values in these: a fixed temperature, tokens that no caption has, positions behind
+# the longest caption. Anything else that is broken makes the first loss NaN.
+_NOT_ALWAYS_READ = ("logit_scale", "token_embedding.weight", "positional_embedding")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +116,11 @@ def set_up(
 
 
 def _prepare_model(full_clip: FullCLIP, config: TrainConfig, notes: Notes) -> FullCLIP:
-    """Return the model in the form in which it is trained."""
+    """Return the model in the form in which it is trained.
+
+    Raises `UserError` for NaN that would otherwise be found only when the trained model is saved.
+    """
+    require_finite(full_clip, "The training did not start", matters=lambda name: name in _NOT_ALWAYS_READ)
     notes.extend(full_clip.notes)
     if full_clip.architecture.resnet and config.towers != "text":
         notes.add(_STORED_STATISTICS)

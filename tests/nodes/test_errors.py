@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import torch
-from clips import random_clip
-from comfyui_prompts import succeed, training
+from clips import CLIP_L, broken_clip, random_clip, write_unchecked
+from comfyui_prompts import node, succeed, training
 from image_folders import labels_folder
 from safetensors.torch import save_file
 
@@ -58,7 +58,7 @@ def _file_outside(comfyui):
 
 def _a_model_with_nan(comfyui):
     broken = random_clip().derive({"ln_final.bias": torch.full((64,), torch.nan)}, step="broken")
-    save_full_clip(broken, comfyui.base / "models/full_clip/nan.safetensors")
+    write_unchecked(broken, comfyui.base / "models/full_clip/nan.safetensors")
     return {"1": {"model": "nan.safetensors"}, "2": {"validation_split": 0.0}}, "step 1"
 
 
@@ -84,6 +84,29 @@ def test_bad_input_gets_one_clear_sentence(comfyui, case):
     assert result["status"] == "error" and words in result["error"]
     assert "\n" not in result["error"].strip() and "Traceback" not in result["error"]
     assert not (comfyui.base / "escape").exists() and not (comfyui.base.parent / "escape").exists()
+
+
+def test_no_node_makes_a_file_or_a_model_of_a_model_with_nan(comfyui):
+    models = comfyui.base / "models/full_clip"
+    write_unchecked(broken_clip("visual.ln_post.bias"), models / "nan_vision.safetensors")
+    write_unchecked(
+        broken_clip("logit_scale", model=random_clip(CLIP_L, dtype=torch.float16)), models / "nan_scale.safetensors"
+    )
+    saves = [
+        ("nan_vision", "visual.ln_post.bias", node("SaveFullCLIP", format=form, filename_prefix="full_clip/nan"))
+        for form in ("openai", "huggingface", "gmp")
+    ]
+    saves.append(("nan_vision", "visual.ln_post.bias", node("FoldGmP")))
+    saves.append(("nan_scale", "logit_scale", node("ExportClipL", filename_prefix="clip/nan")))
+    for model, tensor, save in saves:
+        save["inputs"]["full_clip"] = ["1", 0]
+        prompt = {"1": node("LoadFullCLIP", model=f"{model}.safetensors"), "2": save}
+        if save["class_type"] == "FoldGmP":
+            prompt["3"] = node("PreviewAny", source=["2", 0])
+        error = comfyui.queue(prompt)["error"]
+        assert f"in the model made from {model}.safetensors, {tensor} holds values that are not numbers" in error
+    (models / "nan_scale.safetensors").unlink()
+    assert not list((comfyui.base / "output").glob("*/nan*"))
 
 
 def test_only_listed_files_and_folders_are_opened(comfyui):

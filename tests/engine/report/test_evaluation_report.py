@@ -87,12 +87,12 @@ def test_two_models_of_one_file_name_are_told_apart(here):
     [
         ("--html colours", "colours is a folder; give the name of a file"),
         ("--json colours", "colours is a folder; give the name of a file"),
-        ("--json tiny.safetensors", "tiny.safetensors would take the place of what is read"),
-        ("--html ./tiny.safetensors", "would take the place of what is read"),
-        ("--html link.safetensors", "would take the place of what is read"),
-        ("--json one --html one", "would take the place of what is read or written besides"),
-        ("--json colours/labels.json", "colours/labels.json holds captions, and they are not replaced"),
-        ("--json pipe", "pipe is no ordinary file, and it is not replaced"),
+        ("--json tiny.safetensors", "tiny.safetensors is also read or written by this command"),
+        ("--html ./tiny.safetensors", "is also read or written by this command"),
+        ("--html link.safetensors", "is also read or written by this command"),
+        ("--json one --html one", "is also read or written by this command"),
+        ("--json colours/labels.json", "colours/labels.json holds captions and is not replaced"),
+        ("--json pipe", "pipe is not a regular file and is not replaced"),
         ("--compare --baseline other.safetensors --data single", "--compare needs a few hundred images"),
         ("--html tiny.safetensors/found.html", "tiny.safetensors/found.html cannot be written"),
         ("--compare --html found.html", "--compare needs --baseline"),
@@ -123,7 +123,7 @@ def test_the_notes_of_the_dataset_reader_are_shown(here, capsys):
     assert main([*EVAL, "--data", "colours", "--html", "found.html"]) == 0
     said, page = capsys.readouterr().err, read(here / "found.html").text
     assert "colours: 9 images (labels.json holds captions)" in said
-    for words in ("3 pictures have no caption", "1 of the 9 images named in colours are missing"):
+    for words in ("3 images have no caption", "1 of the 9 images named in colours are missing"):
         assert words in said and words in page
 
 
