@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -171,9 +173,9 @@ class Server:
     def queue(self, prompt: dict, *, on_message: Callable[[dict], None] = lambda message: None, timeout=600) -> dict:
         """Queue an API-format prompt and wait for its end; the dict has status, error, node_errors, executed, cached,
         previews (JPEG bytes), texts (by node) and outputs (by node)."""
-        import asyncio
-
-        return asyncio.run(asyncio.wait_for(self._queue(prompt, on_message), timeout))
+        waiting = asyncio.wait_for(self._queue(prompt, on_message), timeout)
+        with concurrent.futures.ThreadPoolExecutor(1) as other_thread:  # Playwright has an event loop in this one
+            return other_thread.submit(asyncio.run, waiting).result()
 
     def forget(self) -> None:
         """As after a restart: nothing that ran is remembered. The host does that after a prompt, so one is queued."""
