@@ -68,7 +68,8 @@ class SettingInfo:
         """Return the value, an int as a float where a float is wanted. Raises `UserError` for any other."""
         if self.kind is float and type(value) is int:
             value = float(value)
-        if value.__class__ is not self.kind:
+        given_kind = type(value)
+        if given_kind is not self.kind:
             raise UserError(f"{self.name} is {value!r}; it must be {_KIND_NAMES[self.kind]}.")
         if self.choices and value not in self.choices:
             raise UserError(f"{self.name} is {value!r}; choose {' or '.join(self.choices)}.")

@@ -80,9 +80,9 @@ def _numbers(progress: Progress) -> str:
         last = progress.steps[-1]
         parts.append(f"loss {last['loss']:.4f}  {last['pairs_per_second']:.1f} pairs/s")
     if progress.validations:
-        last = progress.validations[-1]
-        recall = (last["image_to_text_r1"] + last["text_to_image_r1"]) / 2
-        parts.append(f"validation loss {last['loss']:.4f}, recall at 1 {recall:.1%} (step {last['step']})")
+        line = progress.validations[-1]
+        recall = (line["image_to_text_r1"] + line["text_to_image_r1"]) / 2
+        parts.append(f"validation loss {line['loss']:.4f}, recall at 1 {recall:.1%} (step {line['step']})")
     return "  ".join(parts)
 
 

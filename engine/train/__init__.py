@@ -1,1 +1,4 @@
-"""Configuration, the loop, losses, optimizers, schedules, large batches and checkpoints."""
+"""Training: settings, setup, the loop, losses, optimizers, and what a run writes.
+
+Imports evaluate, report, clip and data; nodes, cli and bench import it.
+"""

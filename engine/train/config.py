@@ -124,8 +124,7 @@ def all_settings() -> Mapping[str, SettingInfo]:
     """Return every setting by name, in order; `section` is empty for those of TrainConfig itself."""
     infos = dict(setting_infos(TrainConfig))
     for section, section_class in SECTIONS.items():
-        # mypy takes the class's own __hash__ for that of its metaclass.
-        for name, info in setting_infos(section_class).items():  # type: ignore[arg-type]
+        for name, info in setting_infos(section_class).items():
             assert name not in infos, f"two settings are called {name}"
             infos[name] = dataclasses.replace(info, section=section)
     return types.MappingProxyType(infos)

@@ -177,7 +177,9 @@ class MetricsLog:
             self._append(_as_jsonl(self._unwritten))
         else:
             self.restore_folder()
-            lines = sorted([*self.steps, *self.validations], key=lambda line: line["step"])
+            lines: list[StepLine | ValidationLine] = sorted(
+                [*self.steps, *self.validations], key=lambda line: line["step"]
+            )
             write_text(self.file, _as_jsonl(lines))
         self._unwritten = []
         if sync:

@@ -70,9 +70,8 @@ class RunWriter:
         """Save the weights as they are now; what did not train is the original's own."""
         model = self.setup.model
         if step:
-            model = model.derive(
-                self.work.trained_tensors(), step=f"trained for {step} steps ({self.folder.path.name})"
-            )
+            origin = f"trained for {step} steps ({self.folder.path.name})"
+            model = model.derive(self.work.trained_tensors(), step=origin)
         write_best(self.folder.best_file, model, self.setup.transform, step, best)
         self.best = best
 
