@@ -136,7 +136,7 @@ def test_captioned_images_in_the_output_folder_are_listed_and_load(comfyui):
             ),
         }
         succeed(comfyui, prompt)
-    for name in ("clip_finetune/a_run", "clip_finetune/captioned", "pictures"):
+    for name in ("clip_finetune/a_run", "clip_finetune/captioned", "uncaptioned"):
         folder = comfyui.base / "output" / name
         folder.mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(folder / "chart.png")
@@ -144,7 +144,7 @@ def test_captioned_images_in_the_output_folder_are_listed_and_load(comfyui):
     (folder.parent / "clip_finetune/captioned/chart.txt").write_text("a chart")
     choices = comfyui.choices("LoadCLIPDataset", "folder")
     assert {"made", "sets/taken", "taken", "output/taken"} <= set(choices)
-    assert not {"sets", "clip_finetune", "clip_finetune/a_run", "clip_finetune/captioned", "pictures"} & set(choices)
+    assert not {"sets", "clip_finetune", "clip_finetune/a_run", "clip_finetune/captioned", "uncaptioned"} & set(choices)
     for name in ("made", "output/taken"):
         prompt = {"1": loaded(name), "2": node("InspectCLIPDataset", dataset=["1", 0])}
         result = succeed(comfyui, prompt)

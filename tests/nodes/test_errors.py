@@ -23,7 +23,7 @@ def files(comfyui):
 
 def _empty_folder(comfyui):
     (comfyui.base / "datasets/empty").mkdir(exist_ok=True)
-    return {"2": {"folder": "empty"}}, "empty holds no pictures"
+    return {"2": {"folder": "empty"}}, "empty holds no images"
 
 
 def _captions_without_images(comfyui):

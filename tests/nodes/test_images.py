@@ -41,7 +41,7 @@ def test_a_loader_and_the_inspection_are_enough_to_queue(comfyui):
     prompt = {"1": node("LoadCLIPDataset", folder="photos"), "2": node("InspectCLIPDataset", dataset=["1", 0])}
     text = succeed(comfyui, prompt)["texts"]["2"]
     assert (
-        text.startswith("photos: ") and "not in this data set" not in text
+        text.startswith("photos: ") and "not in this dataset" not in text
     )  # which is said of the other side of the split
 
 
