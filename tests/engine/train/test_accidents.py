@@ -211,7 +211,7 @@ def test_a_data_folder_that_vanishes_stops_the_run_which_resumes_when_it_is_back
         if progress.step == 2:
             os.rename(folder / "many", folder / "away")
 
-    with pytest.raises(UserError, match=r"\d\d\d.png was there when the training began and is gone"):
+    with pytest.raises(UserError, match=r"\d\d\d.png was deleted during the training"):
         run(folder, tmp_path / "run", "many", epochs=1, on_progress=vanish)
     os.rename(folder / "away", folder / "many")
     assert 2 <= max(steps_of(tmp_path / "run")) < 32

@@ -284,7 +284,7 @@ def test_unfreezing_goes_down_the_stages_of_a_resnet(model, data, tmp_path):
     "settings, words",
     [
         (dict(freeze_vision_blocks=5), "freeze_vision_blocks is 5, but the vision tower has 4 blocks"),
-        (dict(scale_neurons="0:1=2"), "this model's, a ResNet, has none; leave it empty"),
+        (dict(scale_neurons="0:1=2"), "a ResNet, has none; leave it empty"),
     ],
 )
 def test_settings_that_a_resnet_does_not_fit_are_refused_before_anything_is_written(
