@@ -111,8 +111,8 @@ def _build_trainer(
         resources.callback(image_cache.close)
     weights = build_weights(setup.model, config, plan)
     frozen_vision = FrozenFeatures.of(setup, weights.network, image_cache)
-    work = TrainingStep(weights, config, plan, frozen_vision=frozen_vision, callbacks=setup.callbacks)
-    notes.add("What trains, and how fast:\n" + table(work.group_rows))
+    training_step = TrainingStep(weights, config, plan, frozen_vision=frozen_vision, callbacks=setup.callbacks)
+    notes.add("What trains, and how fast:\n" + table(training_step.group_rows))
     loader = TrainLoader(
         setup.train_set,
         setup.tokenizer,
@@ -128,33 +128,34 @@ def _build_trainer(
     )
     resources.callback(loader.close)
     loader.probe()
-    forecast = _forecast_memory(setup, work)
+    forecast = _forecast_memory(setup, training_step)
 
     def describe() -> None:
-        describe_run(folder, setup, origins, work.group_rows, work.micro_batch, forecast)
+        describe_run(folder, setup, origins, training_step.group_rows, training_step.micro_batch, forecast)
 
     def restore_folder() -> None:
         notes.add(f"Files of {folder.path} were deleted while the training ran; they are written again.")
         describe()
 
     describe()
-    return Trainer(setup, work, loader, Validator.of(setup, work, image_cache), MetricsLog(folder, restore_folder))
+    validator = Validator.of(setup, training_step, image_cache)
+    return Trainer(setup, training_step, loader, validator, MetricsLog(folder, restore_folder))
 
 
-def _forecast_memory(setup: TrainSetup, work: TrainingStep) -> Forecast:
+def _forecast_memory(setup: TrainSetup, training_step: TrainingStep) -> Forecast:
     """Note how much memory the training needs; raises `UserError` if the device has less."""
     config, dataset, pairs = setup.config, setup.train_set, setup.plan.batch_size
     sampled = range(0, len(dataset), max(1, len(dataset) // _SAMPLED_CAPTIONS))
     longest = [max(dataset.training_captions(index), key=len) for index in sampled]
-    length = work.trim(setup.tokenizer(longest)).shape[1]
+    length = training_step.trim(setup.tokenizer(longest)).shape[1]
     remedies = {
         "set towers to text": config.towers == "both",
         "set optimizer to adafactor": config.optimizer.optimizer != "adafactor",
         "switch on activation_checkpointing": not config.memory.activation_checkpointing,
     }
-    memory = work.memory()
+    memory = training_step.memory()
     memory.require(pairs, length, setup.plan.device, [remedy for remedy, helps in remedies.items() if helps])
-    forecast = memory.forecast(pairs, work.micro_batch, length)
+    forecast = memory.forecast(pairs, training_step.micro_batch, length)
     setup.notes.add(str(forecast))
     return forecast
 
@@ -165,22 +166,23 @@ class Trainer:
     def __init__(
         self,
         setup: TrainSetup,
-        work: TrainingStep,
+        training_step: TrainingStep,
         loader: TrainLoader,
         validator: Validator | None,
         log: MetricsLog,
     ) -> None:
-        self.setup, self.work, self.loader, self.validator, self.log = setup, work, loader, validator, log
+        self.setup, self.training_step, self.log = setup, training_step, log
+        self.loader, self.validator = loader, validator
         self.plan, self.notes, self.callbacks = setup.plan, setup.notes, setup.callbacks
-        self.writer = RunWriter(setup, work, log)
-        self.pending = PendingSteps(work.meter.groups)
+        self.writer = RunWriter(setup, training_step, log)
+        self.pending = PendingSteps(training_step.meter.groups)
         self.step = 0
         self.stage: int | None = None
         self.moving = False  # while the optimizer moves the weights, so that they are neither before nor after a step
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint, in a trainer that has done nothing yet."""
-        self.work.load_state(checkpoint)
+        self.training_step.load_state(checkpoint)
         self.writer.resume(checkpoint)
         self.step = checkpoint.step
         self.notes.add(f"The run resumes from step {self.step} of {self.plan.total_steps}.")
@@ -202,7 +204,7 @@ class Trainer:
                 self._save_what_is_whole()
                 raise
             traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
-            self.work.optimizer.zero_grad(set_to_none=True)
+            self.training_step.optimizer.zero_grad(set_to_none=True)
             # Saving may find no memory either, which torch says by a RuntimeError; the message says what is saved.
             with contextlib.suppress(UserError, MemoryError, RuntimeError):
                 self._save_what_is_whole()
@@ -221,10 +223,10 @@ class Trainer:
                 return
             self.callbacks.check_cancelled()
             self._note_stage()
-            with self.work.profile("data"):
+            with self.training_step.profile("data"):
                 _, batch = next(batches)
             self._train(batch)
-            with self.work.profile("logging"):
+            with self.training_step.profile("logging"):
                 if self.pending.due():
                     self._settle()
                 self._report_progress()
@@ -235,19 +237,19 @@ class Trainer:
 
     def _train(self, batch: Batch) -> None:
         """Do one optimizer step. Its numbers stay on the device until `_settle`."""
-        loss = self.work.gradients(batch, self.step)
+        loss = self.training_step.gradients(batch, self.step)
         self.moving = True
-        outcome = self.work.apply(loss, self.step)
+        outcome = self.training_step.apply(loss, self.step)
         line: StepLine = {
             "kind": "step",
             "step": self.step + 1,
             "epoch": round((self.step + 1) / self.plan.steps_per_epoch, 6),
             "learning_rate": outcome.learning_rates,
-            "micro_batch": min(self.work.micro_batch, batch.pairs),
+            "micro_batch": min(self.training_step.micro_batch, batch.pairs),
         }
         self.pending.add(line, outcome, batch.pairs)
         self.step += 1
-        self.work.profile.steps += 1
+        self.training_step.profile.steps += 1
         self.moving = False
 
     def _settle(self) -> None:
@@ -259,10 +261,10 @@ class Trainer:
         good = [numbers for numbers in taken if numbers.finite]
         for numbers in good:
             if math.isfinite(numbers.grad_norm):  # else fp16 skipped the step, which is no reason to warn
-                self.notes.extend(self.work.meter.warnings(numbers.by_layer))
+                self.notes.extend(self.training_step.meter.warnings(numbers.by_layer))
         self.log.add_steps([numbers.line for numbers in good])
         if undone := len(taken) - len(good):
-            self.work.undo(undone)
+            self.training_step.undo(undone)
             self.step -= undone
             raise self._not_finite(taken[len(good)])
 
@@ -301,7 +303,7 @@ class Trainer:
         self.stage = stage
 
     def _note_what_happened(self) -> None:
-        broken, truncated, profile = self.loader.broken, self.loader.truncated, self.work.profile
+        broken, truncated, profile = self.loader.broken, self.loader.truncated, self.training_step.profile
         context_length = self.setup.tokenizer.context_length
         if broken:
             name, reason = next(iter(broken.items()))
@@ -338,7 +340,7 @@ class Trainer:
     def _not_finite(self, bad: StepNumbers) -> UserError:
         what = f"the loss became {bad.line['loss']}"
         if math.isfinite(bad.line["loss"]):
-            what = f"the gradient became {bad.grad_norm}, {self.work.meter.nonfinite_layers(bad.by_layer)}"
+            what = f"the gradient became {bad.grad_norm}, {self.training_step.meter.nonfinite_layers(bad.by_layer)}"
         kept = f" The weights from before that step are kept in {self.log.folder.path}." if self.step else ""
         return UserError(
             f"The training stopped at step {bad.line['step']} because {what}.{kept} Try a lower learning_rate, or "
@@ -346,7 +348,7 @@ class Trainer:
         )
 
     def _out_of_memory(self) -> UserError:
-        pairs = min(self.work.micro_batch, self.plan.batch_size)
+        pairs = min(self.training_step.micro_batch, self.plan.batch_size)
         smaller = f"Set micro_batch to {max(1, pairs // 2)} (it was {pairs})" if pairs > 1 else "Set towers to text"
         checkpointing = self.setup.config.memory.activation_checkpointing
         more = "" if checkpointing else ", switch on activation_checkpointing"

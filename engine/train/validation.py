@@ -19,12 +19,12 @@ class Validator:
         self._images: EncodedImages | None = None
 
     @classmethod
-    def of(cls, setup: TrainSetup, work: TrainingStep, image_cache: ImageCache | None) -> Validator | None:
+    def of(cls, setup: TrainSetup, training_step: TrainingStep, image_cache: ImageCache | None) -> Validator | None:
         """Return the validator of a training; None without a validation set."""
         if setup.validation is None:
             return None
         encoder = Encoder(
-            work.network,
+            training_step.network,
             setup.transform.deterministic,
             setup.tokenizer,
             host=Host(check_cancelled=setup.callbacks.check_cancelled, cache=image_cache),

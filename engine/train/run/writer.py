@@ -16,8 +16,8 @@ from .report import write_chart, write_report
 class RunWriter:
     """The files of one run, and which step the newest of them are from. `best` is None without a validation."""
 
-    def __init__(self, setup: TrainSetup, work: TrainingStep, log: MetricsLog) -> None:
-        self.setup, self.work, self.log, self.folder = setup, work, log, log.folder
+    def __init__(self, setup: TrainSetup, training_step: TrainingStep, log: MetricsLog) -> None:
+        self.setup, self.training_step, self.log, self.folder = setup, training_step, log, log.folder
         self.best: Best | None = None
         self.saved_step: int | None = None
         self._last_save = time.monotonic()
@@ -71,7 +71,7 @@ class RunWriter:
         model = self.setup.model
         if step:
             origin = f"trained for {step} steps ({self.folder.path.name})"
-            model = model.derive(self.work.trained_tensors(), step=origin)
+            model = model.derive(self.training_step.trained_tensors(), step=origin)
         write_best(self.folder.best_file, model, self.setup.transform, step, best)
         self.best = best
 
@@ -86,14 +86,14 @@ class RunWriter:
             metrics_bytes=self.log.bytes,
             schedule={"name": config.optimizer.schedule, "step": step, "warmup": config.optimizer.warmup},
             sampler={"seed": config.seed, "epoch": epoch, "position": position},
-            **vars(self.work.state()),
+            **vars(self.training_step.state()),
         )
         self.folder.save_checkpoint(checkpoint, config.checkpoints.keep_checkpoints)
         self.saved_step, self._last_save = step, time.monotonic()
         write_chart(self.log)
 
     def _require_finite_weights(self, step: int) -> None:
-        if not self.work.finite_weights():
+        if not self.training_step.finite_weights():
             raise UserError(
                 f"The weights became infinite by step {step}; they are not saved, and the last good checkpoint is kept "
                 f"in {self.folder.path}. Try a lower learning_rate."
