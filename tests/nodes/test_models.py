@@ -147,7 +147,7 @@ def test_comfyui_lists_a_saved_vision_tower_and_it_merges_back(comfyui):
             "5": node("SaveFullCLIP", full_clip=["4", 0], filename_prefix="full_clip/merged", dtype="fp16"),
         },
     )
-    assert "vision encoder's own projection cannot be used" in result["texts"]["4"]
+    assert "own projection is another one; it was ignored" in result["texts"]["4"]
     for name, tensor in saved(comfyui, "merged_00001_.safetensors").state_dict.items():
         kept = name in ("visual.proj", "text_projection", "logit_scale")
         assert same_bits(tensor, (other if kept else one).state_dict[name]), name
